@@ -31,19 +31,20 @@ void LogLine(LogLevel level, std::string_view event, std::string_view fields) {
   if (level < g_level.load(std::memory_order_relaxed)) return;
   const std::string line =
       absl::StrCat(absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone()), " ",
-                   kNames[static_cast<int>(level)], " role=", Role(), " event=", event,
-                   fields.empty() || fields.front() == ' ' ? "" : " ", fields, "\n");
+                   kNames[static_cast<int>(level)], " role=", Role(), " event=", std::string(event),
+                   fields.empty() || fields.front() == ' ' ? "" : " ", std::string(fields), "\n");
   std::fwrite(line.data(), 1, line.size(), stderr);
 }
 
 std::string LogField(std::string_view key, const absl::AlphaNum& value) {
-  const std::string_view text = value.Piece();
+  // absl::string_view is a type of its own in Debian's absl.
+  const std::string text(value.Piece().data(), value.Piece().size());
   bool plain = !text.empty();
   for (char c : text) {
     plain = plain && (absl::ascii_isalnum(c) || std::string_view("_.:/+-").find(c) != text.npos);
   }
-  if (plain) return absl::StrCat(" ", key, "=", text);
-  return absl::StrCat(" ", key, "=\"", absl::CEscape(text), "\"");
+  if (plain) return absl::StrCat(" ", std::string(key), "=", text);
+  return absl::StrCat(" ", std::string(key), "=\"", absl::CEscape(text), "\"");
 }
 
 }  // namespace winnow

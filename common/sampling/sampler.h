@@ -29,12 +29,13 @@ struct SampleKey {
 
 // The next token's id. Greedy: the largest logit, the lowest id among equals.
 // Otherwise, in this order: temperature, top-k, top-p, then one draw from what is
-// left, renormalised. All sums run in one fixed order (logits descending, ids ascending
-// among equals). A logit of -inf is never chosen.
+// left, renormalised. Tokens are ranked by logit, equals by ascending id, and top-k
+// keeps exactly k of them. Sums are in double and in one fixed order. A logit of -inf
+// is never chosen.
 //   INVALID_ARGUMENT  params are out of range.
 //   INTERNAL          a logit is NaN or +inf, all are -inf or there are none: the model
 //                     computed rubbish. The message names the first such id.
-// Thread-safe. Allocates 8 bytes for each logit when not greedy.
+// Thread-safe. Greedy allocates nothing, else 8 bytes for each logit.
 absl::StatusOr<int32_t> Sample(absl::Span<const float> logits, const SamplingParams& params,
                                const SampleKey& key);
 

@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "common/base/thread_pool.h"
+#include "common/kv/kv_cache.h"
+#include "common/kv/sequence_cache.h"
+#include "common/model/model.h"
+
+namespace winnow::model {
+
+// What GEMM inputs are rounded to. Sums are float32 either way.
+enum class ActivationType { kBf16, kFloat32 };
+
+// Runs the decoder over one step's batch. Owned by the engine thread; scratch for
+// `max_tokens` rows is allocated once at construction.
+class Transformer {
+ public:
+  struct Options {
+    int max_tokens = 512;  // most rows of one Forward()
+    ActivationType activations = ActivationType::kBf16;
+  };
+
+  // Consecutive tokens of one sequence: `tokens` take the positions from
+  // cache->length() on, and are appended to the cache.
+  struct Item {
+    kv::SequenceCache* cache = nullptr;
+    absl::Span<const int32_t> tokens;
+    // Where the logits go, [n, vocab] float; null: not computed. n is 1 (the last
+    // token's) or, with all_logits, tokens.size().
+    float* logits = nullptr;
+    bool all_logits = false;
+  };
+
+  // Called after layer `layer` of every item has been appended to its cache.
+  using LayerDone = std::function<void(int layer)>;
+
+  // `model`, `cache` and `pool` are not owned and must outlive *this.
+  Transformer(const Model* model, kv::KvCache* cache, ThreadPool* pool, Options options);
+  ~Transformer();
+
+  // One step. Pages for it must have been reserved (KvCache). On error no item's
+  // cache can be used further.
+  //   INVALID_ARGUMENT  more rows than max_tokens; a token outside the vocabulary; a
+  //                     position past the model's length.
+  absl::Status Forward(absl::Span<const Item> items, const LayerDone& layer_done = nullptr);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace winnow::model

@@ -61,9 +61,9 @@ absl::Status Engine::Validate(const Request& request) const {
   if (request.prompt.empty()) return absl::InvalidArgumentError("the prompt has no token");
   const size_t prompt_tokens = request.prompt.size();
   if (prompt_tokens + 1 > static_cast<size_t>(options_.max_model_len)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a prompt of ", prompt_tokens, " tokens leaves no room in a model length of ",
-                     options_.max_model_len));
+    return absl::InvalidArgumentError(absl::StrCat("a prompt of ", prompt_tokens,
+                                                   " tokens leaves no room in a model length of ",
+                                                   options_.max_model_len));
   }
   for (int32_t token : request.prompt) {
     if (token < 0 || token >= vocab_) {
@@ -72,7 +72,8 @@ absl::Status Engine::Validate(const Request& request) const {
     }
   }
   if (request.max_tokens < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("max_tokens=", request.max_tokens, " is below 1"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens=", request.max_tokens, " is below 1"));
   }
   WINNOW_RETURN_IF_ERROR(ValidateSamplingParams(request.sampling, vocab_));
   // What the window alone holds is held whatever the model decides.
@@ -82,9 +83,9 @@ absl::Status Engine::Validate(const Request& request) const {
                   : std::min<int64_t>(static_cast<int64_t>(prompt_tokens), window + 1);
   const int64_t least_pages = cache_->PagesUpperBound(least_tokens);
   if (least_pages > cache_->pool().total()) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "a prompt of ", prompt_tokens, " tokens needs at least ", least_pages,
-        " KV pages and the budget has ", cache_->pool().total()));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("a prompt of ", prompt_tokens, " tokens needs at least ", least_pages,
+                     " KV pages and the budget has ", cache_->pool().total()));
   }
   return absl::OkStatus();
 }
@@ -106,9 +107,8 @@ absl::Status Engine::Add(Request request) {
 absl::Status Engine::Attach(Request request, SequenceCache cache, int32_t first_token) {
   WINNOW_RETURN_IF_ERROR(Validate(request));
   if (cache.length() != static_cast<int>(request.prompt.size())) {
-    return absl::InvalidArgumentError(absl::StrCat("the cache holds ", cache.length(),
-                                                   " tokens and the prompt has ",
-                                                   request.prompt.size()));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the cache holds ", cache.length(), " tokens and the prompt has ", request.prompt.size()));
   }
   if (first_token < 0 || first_token >= vocab_) {
     return absl::InvalidArgumentError(
@@ -195,10 +195,10 @@ bool Engine::Reserve(Sequence* sequence, int num_tokens) {
     if (newest && running_.size() == 1) {
       // Nobody else computes. Transfers may hold memory; without any it never fits.
       if (cache_->num_sequences() > 1) return false;
-      Fail(sequence, absl::ResourceExhaustedError(absl::StrCat(
-                         "a sequence of ", sequence->tokens.size(),
-                         " tokens does not fit the KV budget of ", cache_->pool().total(),
-                         " pages of ", cache_->page_bytes(), " bytes")));
+      Fail(sequence,
+           absl::ResourceExhaustedError(absl::StrCat(
+               "a sequence of ", sequence->tokens.size(), " tokens does not fit the KV budget of ",
+               cache_->pool().total(), " pages of ", cache_->page_bytes(), " bytes")));
       return false;
     }
     if (!PreemptNewest(sequence)) return false;
@@ -228,9 +228,8 @@ void Engine::Schedule() {
     const int num_tokens = std::min(border, size) - begin;
     if (num_tokens > budget) break;  // in order: a later, shorter one must not overtake
     if (Reserve(sequence, num_tokens)) {
-      batch_.push_back({.sequence = sequence,
-                        .num_tokens = num_tokens,
-                        .sample = begin + num_tokens == size});
+      batch_.push_back(
+          {.sequence = sequence, .num_tokens = num_tokens, .sample = begin + num_tokens == size});
       budget -= num_tokens;
     } else if (i < running_.size() && running_[i].get() != sequence) {
       --i;
@@ -314,11 +313,11 @@ void Engine::Sampled(Sequence* sequence, int32_t token) {
 
 KvUsage Engine::UsageOf(const Sequence& sequence) const {
   const int length = sequence.computed();
-  return {.peak_bytes = std::max(sequence.peak_bytes, sequence.cache->peak_bytes()),
-          .dense_bf16_bytes = dense_bf16_->BytesUpperBound(length),
-          .live_tokens = static_cast<uint64_t>(sequence.cache->live_tokens()),
-          .logical_tokens =
-              static_cast<uint64_t>(length) * static_cast<uint64_t>(cache_->num_spans())};
+  return {
+      .peak_bytes = std::max(sequence.peak_bytes, sequence.cache->peak_bytes()),
+      .dense_bf16_bytes = dense_bf16_->BytesUpperBound(length),
+      .live_tokens = static_cast<uint64_t>(sequence.cache->live_tokens()),
+      .logical_tokens = static_cast<uint64_t>(length) * static_cast<uint64_t>(cache_->num_spans())};
 }
 
 void Engine::Remove(const Sequence* sequence) {

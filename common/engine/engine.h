@@ -16,14 +16,14 @@
 namespace winnow {
 
 struct EngineOptions {
-  int prefill_chunk = 512;    // a prompt is cut at multiples of this many tokens, always
-  int max_num_seqs = 32;      // sequences that hold KV memory at once
-  int max_waiting = 1024;     // requests that wait for their turn
-  int max_model_len = 0;      // most tokens of one sequence; at most the model's
+  int prefill_chunk = 512;  // a prompt is cut at multiples of this many tokens, always
+  int max_num_seqs = 32;    // sequences that hold KV memory at once
+  int max_waiting = 1024;   // requests that wait for their turn
+  int max_model_len = 0;    // most tokens of one sequence; at most the model's
 };
 
 struct EngineStats {
-  int running = 0;                    // sequences that hold KV memory
+  int running = 0;  // sequences that hold KV memory
   int waiting = 0;
   int64_t pending_prompt_tokens = 0;  // not computed yet, of all requests
   int64_t prompt_tokens = 0;          // computed since start, recompute included

@@ -13,7 +13,7 @@
 #include "common/model/model_config.h"
 #include "common/model/weights.h"
 
-namespace winnow::model {
+namespace winnow {
 
 // A checkpoint in memory: configuration, packed weights, DMS data if there is any.
 // Immutable after Load(): any thread may read it.
@@ -33,15 +33,15 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const Weights& weights() const { return weights_; }
   // Unset: the checkpoint has no DMS data, so dms- modes are refused.
-  const std::optional<dms::DmsConfig>& dms() const { return dms_; }
+  const std::optional<DmsConfig>& dms() const { return dms_; }
   // SHA-256 over names, shapes and bytes of the tensors as loaded, adapter included.
   const std::array<uint8_t, 32>& digest() const { return digest_; }
 
  private:
   ModelConfig config_;
   Weights weights_;
-  std::optional<dms::DmsConfig> dms_;
+  std::optional<DmsConfig> dms_;
   std::array<uint8_t, 32> digest_{};
 };
 
-}  // namespace winnow::model
+}  // namespace winnow

@@ -11,7 +11,7 @@
 #include "common/kv/sequence_cache.h"
 #include "common/model/model.h"
 
-namespace winnow::model {
+namespace winnow {
 
 // What GEMM inputs are rounded to. Sums are float32 either way.
 enum class ActivationType { kBf16, kFloat32 };
@@ -28,7 +28,7 @@ class Transformer {
   // Consecutive tokens of one sequence: `tokens` take the positions from
   // cache->length() on, and are appended to the cache.
   struct Item {
-    kv::SequenceCache* cache = nullptr;
+    SequenceCache* cache = nullptr;
     absl::Span<const int32_t> tokens;
     // Where the logits go, [n, vocab] float; null: not computed. n is 1 (the last
     // token's) or, with all_logits, tokens.size().
@@ -40,7 +40,7 @@ class Transformer {
   using LayerDone = std::function<void(int layer)>;
 
   // `model`, `cache` and `pool` are not owned and must outlive *this.
-  Transformer(const Model* model, kv::KvCache* cache, ThreadPool* pool, Options options);
+  Transformer(const Model* model, KvCache* cache, ThreadPool* pool, Options options);
   ~Transformer();
 
   // One step. Pages for it must have been reserved (KvCache). On error no item's
@@ -54,4 +54,4 @@ class Transformer {
   std::unique_ptr<Impl> impl_;
 };
 
-}  // namespace winnow::model
+}  // namespace winnow

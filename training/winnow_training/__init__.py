@@ -1,0 +1,1 @@
+"""DMS retrofit of a decoder-only language model by logit distillation."""

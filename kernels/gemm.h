@@ -26,6 +26,10 @@ class PackedMatrix {
   const Bf16* data() const { return data_.get(); }
   size_t bytes() const;
 
+  // Writes row `row`, in [0, n), to out [k]: an embedding table that is also
+  // the output projection is stored once.
+  void Row(int row, float* out) const;
+
  private:
   struct Free {
     void operator()(Bf16* p) const;
@@ -48,7 +52,7 @@ struct GemmParams {
   const float* a_f32 = nullptr;   // [m, k], row stride lda
   const PackedMatrix* w = nullptr;
   float* out = nullptr;           // [m, n], row stride ldo; must not alias a
-  int m = 0;
+  int m = 0;                      // >= 0; 0 does nothing
   int64_t lda = 0, ldo = 0;       // elements
   bool accumulate = false;        // add to what `out` holds (residual): out + sum, one addition
 };
@@ -57,7 +61,8 @@ struct GemmParams {
 absl::Status ValidateGemm(const GemmParams& params);
 absl::Status GemmCpu(const GemmParams& params, ThreadPool* pool);
 
-// "avx512bf16", "avx512", "avx2" or "scalar".
+// What runs BF16 activations here: "avx512bf16", "avx512", "avx2" or "scalar".
+// Float ones never take "avx512bf16", but the path below it.
 const char* GemmPathName();
 
 }  // namespace winnow::kernels

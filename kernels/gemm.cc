@@ -19,8 +19,8 @@ struct GemmPlan {
   int row_pieces = 0, block_pieces = 0;
 };
 
-constexpr int kPieceRows = 48;          // a multiple of every tile's height
-constexpr int kPieceBlocks = 4;         // of the widest tile: its weights stay in L2
+constexpr int kPieceRows = 48;           // a multiple of every tile's height
+constexpr int kPieceBlocks = 4;          // of the widest tile: its weights stay in L2
 constexpr int kStreamBytes = 128 << 10;  // of weights a piece when they are read once
 
 GemmPlan PlanGemm(const GemmParams& params) {
@@ -70,8 +70,7 @@ size_t PackedMatrix::bytes() const {
 
 void PackedMatrix::Row(int row, float* out) const {
   WINNOW_CHECK(row >= 0 && row < n_);
-  const Bf16* in =
-      data() + row / kBlockRows * BlockStride(*this) + int64_t{row % kBlockRows} * 2;
+  const Bf16* in = data() + row / kBlockRows * BlockStride(*this) + int64_t{row % kBlockRows} * 2;
   for (int i = 0; i < k_; ++i) out[i] = ToFloat(in[i / 2 * (2 * kBlockRows) + i % 2]);
 }
 
@@ -100,8 +99,7 @@ absl::Status ValidateGemm(const GemmParams& params) {
 absl::Status GemmCpu(const GemmParams& params, ThreadPool* pool) {
   if (absl::Status status = ValidateGemm(params); !status.ok()) return status;
   if (params.m == 0) return absl::OkStatus();
-  const bool dot_bf16 =
-      params.a_bf16 != nullptr && ActiveCpuPath() == CpuPath::kAvx512Bf16;
+  const bool dot_bf16 = params.a_bf16 != nullptr && ActiveCpuPath() == CpuPath::kAvx512Bf16;
   const auto run = dot_bf16 ? GemmPieceAvx512Bf16 : GemmPieceHwy;
   const GemmPlan plan = PlanGemm(params);
   const int num_blocks = NumBlocks(*params.w);

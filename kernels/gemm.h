@@ -48,13 +48,13 @@ class PackedMatrix {
 struct GemmParams {
   // Exactly one of a_bf16 and a_f32 is set: activations already rounded to
   // BF16, or float ones that are multiplied unrounded (evaluation).
-  const Bf16* a_bf16 = nullptr;   // [m, k], row stride lda
-  const float* a_f32 = nullptr;   // [m, k], row stride lda
+  const Bf16* a_bf16 = nullptr;  // [m, k], row stride lda
+  const float* a_f32 = nullptr;  // [m, k], row stride lda
   const PackedMatrix* w = nullptr;
-  float* out = nullptr;           // [m, n], row stride ldo; must not alias a
-  int m = 0;                      // >= 0; 0 does nothing
-  int64_t lda = 0, ldo = 0;       // elements
-  bool accumulate = false;        // add to what `out` holds (residual): out + sum, one addition
+  float* out = nullptr;      // [m, n], row stride ldo; must not alias a
+  int m = 0;                 // >= 0; 0 does nothing
+  int64_t lda = 0, ldo = 0;  // elements
+  bool accumulate = false;   // add to what `out` holds (residual): out + sum, one addition
 };
 
 // INVALID_ARGUMENT for a null pointer or a bad shape.

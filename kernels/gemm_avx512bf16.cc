@@ -19,14 +19,14 @@ namespace winnow::kernels {
 namespace {
 
 struct TileArgs {
-  const Bf16* a;         // [rows, k], row stride lda
+  const Bf16* a;  // [rows, k], row stride lda
   int64_t lda;
   const Bf16* w;         // first block
   int64_t block_stride;  // elements
   int k;
-  float* out;            // [rows, n], row stride ldo
+  float* out;  // [rows, n], row stride ldo
   int64_t ldo;
-  int n_left;            // columns of `out` from the first block's on
+  int n_left;  // columns of `out` from the first block's on
   bool accumulate;
 };
 

@@ -11,9 +11,9 @@ namespace winnow::kernels {
 // out[m, i] = silu(x[m, i]) * x[m, intermediate + i], silu(g) = g / (1 + exp(-g)),
 // in float; the BF16 output is rounded once, at the end.
 struct SwiGluParams {
-  const float* x = nullptr;  // [m, 2 * intermediate], gate then up, row stride ldx
-  Bf16* out_bf16 = nullptr;  // [m, intermediate] contiguous; may be null
-  float* out_f32 = nullptr;  // [m, intermediate] contiguous; may be null; must not alias x
+  const float* x = nullptr;     // [m, 2 * intermediate], gate then up, row stride ldx
+  Bf16* out_bf16 = nullptr;     // [m, intermediate] contiguous; may be null
+  float* out_f32 = nullptr;     // [m, intermediate] contiguous; may be null; must not alias x
   int m = 0, intermediate = 0;  // m >= 0, intermediate >= 1
   int64_t ldx = 0;              // elements, >= 2 * intermediate
 };

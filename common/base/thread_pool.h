@@ -1,13 +1,18 @@
 #pragma once
 
-#include <functional>
 #include <memory>
+
+#include "absl/functional/function_ref.h"
 
 namespace winnow {
 
-// Runs the pieces of one op on a fixed set of threads. Idle threads sleep at
-// once, they never spin: several workers share the cores of one host (two
-// processes whose pools spin slow each other 46-fold on two cores).
+// Runs the pieces of one op on a fixed set of threads.
+//
+// Threads that wait do not spin: several workers share the cores of one host
+// (two processes whose pools spin slow each other 46-fold on two cores). One
+// exception keeps a run of small ops cheap: a helper that has just worked looks
+// out for the next op for at most kSpin, then sleeps until it is woken; an idle
+// pool uses no CPU.
 //
 // ParallelFor may be called by one thread at a time, the pool's owner.
 class ThreadPool {
@@ -23,8 +28,9 @@ class ThreadPool {
   // Calls fn(begin, end) over disjoint ranges that cover [0, count), each at
   // most `grain` long and starting at a multiple of `grain`; returns when all
   // are done. Which thread runs a range is unspecified, so a range's result
-  // must not depend on it. Does not allocate.
-  void ParallelFor(int count, int grain, const std::function<void(int, int)>& fn);
+  // must not depend on it. A helper that the system does not schedule delays
+  // nothing: the caller runs the ranges that nobody took. Does not allocate.
+  void ParallelFor(int count, int grain, absl::FunctionRef<void(int, int)> fn);
 
  private:
   struct Impl;

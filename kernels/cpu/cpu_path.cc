@@ -52,9 +52,9 @@ struct State {
       }
       return;
     }
-    LogLine(LogLevel::kWarning, "cpu_path_ignored",
-            LogField("WINNOW_CPU_PATH", cap) +
-                LogField("allowed", "scalar, avx2, avx512, avx512bf16"));
+    LogLine(
+        LogLevel::kWarning, "cpu_path_ignored",
+        LogField("WINNOW_CPU_PATH", cap) + LogField("allowed", "scalar, avx2, avx512, avx512bf16"));
   }
 };
 

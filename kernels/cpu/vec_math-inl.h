@@ -65,7 +65,7 @@ HWY_INLINE hn::Vec<D> LoadBf16(D d, const Bf16* p) {
 // Rounds as ToBf16() does (nearest, ties to even; NaN stays NaN) and stores
 // Lanes(d) values.
 template <class D>
-HWY_INLINE void StoreBf16(D d, hn::Vec<D> v, Bf16* p) {
+HWY_INLINE void StoreBf16(D /*d*/, hn::Vec<D> v, Bf16* p) {
   const hn::Rebind<uint16_t, D> d16;
   const hn::Rebind<int32_t, D> di;
   const hn::Rebind<uint32_t, D> d32;

@@ -13,6 +13,9 @@
 #include "tests/testing/compare.h"
 
 namespace winnow::kernels {
+
+void PrintTo(CpuPath path, std::ostream* os) { *os << CpuPathName(path); }
+
 namespace {
 
 using ::winnow::testing::AllClose;
@@ -29,8 +32,6 @@ std::vector<float> RandomFloats(size_t size, float range, uint32_t seed) {
   for (float& value : values) value = uniform(rng);
   return values;
 }
-
-void PrintTo(CpuPath path, std::ostream* os) { *os << CpuPathName(path); }
 
 class PathTest : public ::testing::TestWithParam<CpuPath> {
  protected:

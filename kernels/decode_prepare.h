@@ -17,7 +17,7 @@ struct DecodePrepareParams {
 };
 
 // As ValidateDmsCompact, and INVALID_ARGUMENT where layout and compact differ,
-// compact.rows is null, or decisions is null though rule.source is not kNone.
+// or decisions is null though the layout has a window and rule.source is not kNone.
 absl::Status ValidateDecodePrepare(const DecodePrepareParams& params);
 absl::Status DecodePrepareCpu(const DecodePrepareParams& params, ThreadPool* pool);
 

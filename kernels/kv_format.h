@@ -10,7 +10,8 @@
 //
 //   fp8   e4m3 codes and one float16 scale each for K and V of a token;
 //         scale = amax / 448 rounded up to float16 and never 0, so no code
-//         saturates. Value = code * scale, exact in float. A row that holds a
+//         saturates (unless amax is past 2.9e7). Value = code * scale, exact in
+//         float. A row that holds a
 //         NaN or an infinity gets a NaN scale and so reads back as NaN.
 //   bf16  bfloat16 values, no scales.
 //
@@ -59,6 +60,9 @@ struct TokenRef {
 // The token in `slot` of the page that starts at `page`, or in a flat row.
 TokenRef PageToken(KvFormatId format, int head_dim, const uint8_t* page, int slot);
 TokenRef RowToken(KvFormatId format, int head_dim, const uint8_t* row);
+
+// The value of an fp8 code: e4m3, but 0x7f and 0xff, which are never stored, read as +-480.
+float DecodeE4m3(uint8_t code);
 
 // Stores k and v [head_dim] in a flat row. The result depends on k and v alone.
 void StoreRow(KvFormatId format, int head_dim, const float* k, const float* v, uint8_t* row);

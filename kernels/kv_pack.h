@@ -28,13 +28,13 @@ void KvPackCpu(const KvLayout& layout, const Span* spans, int num_kv_heads, uint
 
 // Checks bytes from a peer for a sequence of num_tokens >= 1 tokens and fills
 // heads [num_kv_heads]. INVALID_ARGUMENT for a count that no such sequence can
-// have, DATA_LOSS where size or padding disagrees with the counts.
+// have, DATA_LOSS where size, padding or a flag disagrees with the counts.
 absl::Status ParsePacked(const KvLayout& layout, int num_kv_heads, int num_tokens,
                          const uint8_t* data, size_t size, PackedHead* heads);
-// Fills empty spans whose tables hold the pages for `heads` (from ParsePacked
-// on the same bytes). DATA_LOSS for a flag other than 0 or 1, before any write.
-absl::Status KvUnpackCpu(const KvLayout& layout, int num_kv_heads, int num_tokens,
-                         const uint8_t* data, const PackedHead* heads, Span* spans);
+// Fills empty spans whose tables hold the pages for `heads`. REQUIRES:
+// ParsePacked() gave `heads` for the same bytes.
+void KvUnpackCpu(const KvLayout& layout, int num_kv_heads, int num_tokens, const uint8_t* data,
+                 const PackedHead* heads, Span* spans);
 
 // CRC-32C (Castagnoli) of data; `seed` is the value for the bytes before it.
 uint32_t Crc32c(const void* data, size_t size, uint32_t seed = 0);

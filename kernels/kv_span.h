@@ -11,7 +11,7 @@
 // holds `window` tokens, its oldest leaves first: kept, it is copied to the end
 // of the survivors, evicted, it is gone. So query t sees the whole span, which
 // is { j <= t : t - j <= window or kept(j) }. With window 0 there is no ring
-// and every token becomes a survivor (the dense modes).
+// and every token becomes a survivor, whatever its bit (the dense modes).
 namespace winnow::kernels {
 
 inline constexpr int kSegmentPages = 64;

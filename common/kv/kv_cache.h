@@ -18,11 +18,11 @@ struct KvCacheOptions {
   int num_layers = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
-  int window = 0;              // DMS window; 0: dense, every token is kept
-  int shift = 1;               // DMS decision shift; unused when dense
-  size_t budget_bytes = 0;     // pages and page tables together
-  int max_sequences = 64;      // that live at once
-  bool shuffle_pages = false;  // hand pages out in a scrambled order, filled with NaN (tests)
+  int window = 0;           // DMS window; 0: dense, every token is kept
+  int shift = 1;            // DMS decision shift; unused when dense
+  size_t budget_bytes = 0;  // pages and page tables together
+  int max_sequences = 64;   // that live at once
+  bool poison = false;      // tests: free pages hold NaN and come in a scrambled order
 };
 
 // The memory of a worker's KV cache: pages and page-table segments, allocated
@@ -66,8 +66,11 @@ class KvCache {
   friend class SequenceCache;
   KvCache(const KvCacheOptions& options, int num_pages, int num_segments);
 
-  // Appends a page to `table`. REQUIRES: pool().free() > 0.
-  void AttachPage(kernels::PageTable* table);
+  // Bytes of a sequence beside pages and segments.
+  size_t SequenceFixedBytes() const;
+  // Appends a page to `table`; returns the segments that took (0 or 1).
+  // REQUIRES: pool().free() > 0.
+  int AttachPage(kernels::PageTable* table);
   // Gives all pages and segments of `table` back and empties it.
   void ReleaseTable(kernels::PageTable* table);
   void AddBytes(int64_t delta);

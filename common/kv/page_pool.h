@@ -24,13 +24,15 @@ class PagePool {
   int peak() const { return peak_; }
 
   // False, and nothing changed, if fewer than n are available.
-  [[nodiscard]] bool Reserve(int n);
+  [[nodiscard]] bool Reserve(int64_t n);
   // REQUIRES: n <= reserved().
-  void Unreserve(int n);
+  void Unreserve(int64_t n);
   // A page; its contents are whatever the last owner left. REQUIRES: free() > 0.
   int32_t Take();
   // REQUIRES: `page` is taken.
   void Give(int32_t page);
+  // Scrambles the order in which free pages are taken (tests).
+  void Shuffle(uint32_t seed);
 
  private:
   const int total_;

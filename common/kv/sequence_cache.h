@@ -73,7 +73,11 @@ class SequenceCache {
   explicit SequenceCache(KvCache* cache);
 
   kernels::Span* MutableSpans(int layer);
+  // Turns reserved or available pages into ones that may be taken.
+  absl::Status Draw(int64_t num_pages);
   void Attach(kernels::PageTable* table, int num_pages);
+  // Attaches the pages that num_tokens tokens with these bits take.
+  absl::Status AttachFor(int layer, const uint8_t* decisions, int num_tokens);
   void EndLayer(int layer);
   void UpdateBytes();
   void Release();

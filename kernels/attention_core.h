@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/base/bf16.h"
+#include "kernels/kv_span.h"
+
+// Shared by dms_prefill_attention and compact_decode_attention; not for others.
+namespace winnow::kernels::internal {
+
+inline constexpr int kBlockKeys = 32;
+
+// All keys of one KV head that queries of a chunk may see: a span's tokens, then
+// the chunk's. A decode step has no chunk: its query is the span's newest token.
+struct KeySource {
+  KvLayout layout;
+  const Span* span = nullptr;
+  const uint8_t* rows = nullptr;       // the chunk's flat rows of this head
+  int64_t row_stride = 0;              // bytes
+  const uint8_t* decisions = nullptr;  // the chunk's bits of this head; null: all keep
+  int64_t decision_stride = 0;
+  int chunk_tokens = 0;
+};
+
+// Up to kBlockKeys keys in ascending position.
+struct KeyBlock {
+  int count = 0;
+  TokenRef ref[kBlockKeys];
+  // Key i is visible to query position p iff pos[i] <= p < limit[i]. Unused
+  // places have pos = INT32_MAX.
+  int32_t pos[kBlockKeys];
+  int32_t limit[kBlockKeys];
+  int32_t min_pos = 0, max_pos = 0, min_limit = 0;
+};
+
+// Walks the keys that some query in [first_query, last_query] sees, and of the
+// others at most such as lie in the window of one of them.
+class KeyCursor {
+ public:
+  KeyCursor(const KeySource& source, int first_query, int last_query);
+  // False, and *block untouched, at the end.
+  bool Next(KeyBlock* block);
+
+ private:
+  struct Run {  // tokens at equal distances
+    TokenRef ref;
+    int64_t stride = 0, scale_stride = 0;  // bytes
+    int count = 0;
+  };
+  Run SlotRun(const PageTable& table, int slot, int max_count) const;
+  void Push(const TokenRef& ref, int32_t pos, bool evict, KeyBlock* block);
+
+  const KeySource& source_;
+  const int first_query_;
+  const int num_chunk_;  // the chunk's tokens up to last_query
+  const int base_;       // position of the chunk's first token
+  int next_ = 0;         // index in survivors | ring | newest | chunk
+};
+
+// One tile of queries of one KV head.
+struct AttentionTile {
+  KeySource source;
+  const float* q = nullptr;  // first query's first head of the group, [group, head_dim]
+  int64_t query_stride = 0;  // elements from one query to the next, in q and out
+  float* out_f32 = nullptr;
+  Bf16* out_bf16 = nullptr;
+  int first_query = 0;  // absolute position
+  int num_queries = 0;
+  int group = 0;  // query heads a KV head
+  float scale = 0.0f;
+  uint8_t* scratch = nullptr;
+};
+
+// Queries a tile takes when none sees more than max_keys keys.
+int TileQueries(int group, int max_keys);
+size_t TileScratchBytes(int group, int head_dim, int max_keys);
+
+void RunAttentionTile(const AttentionTile& tile);
+
+}  // namespace winnow::kernels::internal

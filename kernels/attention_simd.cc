@@ -1,0 +1,359 @@
+// The arithmetic of both attention ops, once for every instruction set.
+//
+// Law of order. For a query row: s_j = scale * dot, the dot one fused
+// multiply-add chain over head_dim upwards; then the true maximum; then, keys
+// upwards, p_j = Exp(s_j - max), denominator += p_j and out[d] = fma(p_j, v[d],
+// out[d]); then one division. Lanes run across keys in the first part and across
+// head_dim in the second, so nothing depends on the vector's width. A masked
+// key has p_j = 0 and adds an exact zero.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "common/base/fp8.h"
+#include "kernels/attention_core.h"
+#include "kernels/cpu/cpu_path.h"
+
+// AVX2 and AVX-512; other x86 hosts take the scalar path.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/attention_simd.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+#include "kernels/cpu/vec_math-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace winnow::kernels::internal {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, 16>;
+using DI = hn::RebindToSigned<DF>;
+using VF = hn::Vec<DF>;
+
+// Vectors of head_dim that the second part keeps in registers.
+constexpr int kOutVecs = HWY_MAX_BYTES >= 64 ? 4 : 2;
+
+// N fp8 codes as floats, 2^-8 of their value: e4m3 bits moved to float16's places.
+HWY_INLINE VF CodesToFloat(DF d, const uint8_t* codes) {
+  const hn::Rebind<int8_t, DF> d8;
+  const hn::Rebind<int16_t, DF> d16;
+  const hn::Rebind<hwy::float16_t, DF> dh;
+  const auto wide = hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const int8_t*>(codes)));
+  const auto half = hn::And(hn::ShiftLeft<7>(wide), hn::Set(d16, static_cast<int16_t>(0xbfff)));
+  return hn::PromoteTo(d, hn::BitCast(dh, half));
+}
+
+// 256 * scale of a token, to undo CodesToFloat's 2^-8. Exact.
+HWY_INLINE float CodeScale(const uint8_t* scale) {
+  uint16_t half;
+  std::memcpy(&half, scale, 2);
+  return HalfToFloat(half) * 256.0f;
+}
+
+// out[c][r] = in[r][c] for a kSide x kSide square; kSide elements fill 16 bytes.
+// log2(kSide) perfect shuffles of the rows transpose.
+template <typename T>
+HWY_INLINE void TransposeSquare(const uint8_t* const* in, size_t offset, T* out, size_t stride) {
+  constexpr size_t kSide = 16 / sizeof(T);
+#if HWY_TARGET == HWY_SCALAR
+  for (size_t r = 0; r < kSide; ++r) {
+    for (size_t c = 0; c < kSide; ++c) {
+      std::memcpy(out + c * stride + r, in[r] + offset + c * sizeof(T), sizeof(T));
+    }
+  }
+#else
+  const hn::FixedTag<T, kSide> d;
+  hn::Vec<decltype(d)> a[kSide], b[kSide];
+  for (size_t i = 0; i < kSide; ++i) {
+    a[i] = hn::LoadU(d, reinterpret_cast<const T*>(in[i] + offset));
+  }
+  for (size_t round = 1; round < kSide; round *= 2) {
+    for (size_t i = 0; i < kSide / 2; ++i) {
+      b[2 * i] = hn::InterleaveLower(d, a[i], a[i + kSide / 2]);
+      b[2 * i + 1] = hn::InterleaveUpper(d, a[i], a[i + kSide / 2]);
+    }
+    for (size_t i = 0; i < kSide; ++i) a[i] = b[i];
+  }
+  for (size_t i = 0; i < kSide; ++i) hn::StoreU(a[i], d, out + i * stride);
+#endif
+}
+
+// K of a block as floats, transposed: kt [head_dim][kBlockKeys]. `raw` is scratch
+// for the stored elements in that order.
+template <typename T>
+void LoadKeys(const KeyBlock& block, int head_dim, uint8_t* raw, float* kt) {
+  constexpr int kSide = 16 / sizeof(T);
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const uint8_t* rows[kBlockKeys];
+  alignas(64) float scales[kBlockKeys] = {};
+  for (int i = 0; i < kBlockKeys; ++i) {
+    const TokenRef& ref = block.ref[i < block.count ? i : 0];  // the rest is masked
+    rows[i] = ref.k;
+    if (sizeof(T) == 1 && i < block.count) scales[i] = CodeScale(ref.k_scale);
+  }
+  T* elements = reinterpret_cast<T*>(raw);
+  const int used = (block.count + kSide - 1) / kSide * kSide;
+  for (int i = 0; i < used; i += kSide) {
+    for (int at = 0; at < head_dim; at += kSide) {
+      TransposeSquare<T>(rows + i, static_cast<size_t>(at) * sizeof(T),
+                         elements + at * kBlockKeys + i, kBlockKeys);
+    }
+  }
+  for (int i = 0; i < kBlockKeys; i += lanes) {
+    if (i >= used) {
+      for (int at = 0; at < head_dim; ++at) hn::Store(hn::Zero(d), d, kt + at * kBlockKeys + i);
+      continue;
+    }
+    const VF scale = hn::Load(d, scales + i);
+    for (int at = 0; at < head_dim; ++at) {
+      const T* from = elements + at * kBlockKeys + i;
+      VF value;
+      if constexpr (sizeof(T) == 1) {
+        value = hn::Mul(CodesToFloat(d, from), scale);
+      } else {
+        value = kernels::HWY_NAMESPACE::LoadBf16(d, reinterpret_cast<const Bf16*>(from));
+      }
+      hn::Store(value, d, kt + at * kBlockKeys + i);
+    }
+  }
+}
+
+// V of a block as floats, vb [count][head_dim].
+void LoadValues(KvFormatId format, const KeyBlock& block, int head_dim, float* vb) {
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  for (int i = 0; i < block.count; ++i) {
+    const TokenRef& ref = block.ref[i];
+    float* out = vb + i * head_dim;
+    if (format == KvFormatId::kFp8) {
+      const VF scale = hn::Set(d, CodeScale(ref.v_scale));
+      for (int at = 0; at < head_dim; at += lanes) {
+        hn::Store(hn::Mul(CodesToFloat(d, ref.v + at), scale), d, out + at);
+      }
+    } else {
+      const Bf16* values = reinterpret_cast<const Bf16*>(ref.v);
+      for (int at = 0; at < head_dim; at += lanes) {
+        hn::Store(kernels::HWY_NAMESPACE::LoadBf16(d, values + at), d, out + at);
+      }
+    }
+  }
+}
+
+// Scores of kRows query rows over a block: s[r * stride + i] = scale * dot.
+template <int kRows>
+void ScoreRows(const float* kt, const float* q, int head_dim, float scale, float* s,
+               int64_t stride) {
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const VF vscale = hn::Set(d, scale);
+  for (int i = 0; i < kBlockKeys; i += 2 * lanes) {
+    VF acc[kRows][2];
+    for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = hn::Zero(d);
+    for (int at = 0; at < head_dim; ++at) {
+      const VF k0 = hn::Load(d, kt + at * kBlockKeys + i);
+      const VF k1 = hn::Load(d, kt + at * kBlockKeys + i + lanes);
+      for (int r = 0; r < kRows; ++r) {
+        const VF x = hn::Set(d, q[r * head_dim + at]);
+        acc[r][0] = hn::MulAdd(x, k0, acc[r][0]);
+        acc[r][1] = hn::MulAdd(x, k1, acc[r][1]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      hn::Store(hn::Mul(acc[r][0], vscale), d, s + r * stride + i);
+      hn::Store(hn::Mul(acc[r][1], vscale), d, s + r * stride + i + lanes);
+    }
+  }
+}
+
+// Sets the scores of keys that the query at `pos` does not see to -infinity.
+void MaskRow(const KeyBlock& block, int32_t pos, float* s) {
+  const DF d;
+  const DI di;
+  const auto p = hn::Set(di, pos);
+  const VF lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (int i = 0; i < kBlockKeys; i += static_cast<int>(hn::Lanes(d))) {
+    const auto from = hn::LoadU(di, block.pos + i);
+    const auto until = hn::LoadU(di, block.limit + i);
+    const auto hidden = hn::Or(hn::Gt(from, p), hn::Not(hn::Gt(until, p)));
+    const VF masked = hn::IfThenElse(hn::RebindMask(d, hidden), lowest, hn::Load(d, s + i));
+    hn::Store(masked, d, s + i);
+  }
+}
+
+// kRows rows over a block of values: weights p [kRows][kBlockKeys].
+template <int kRows, int kVecs>
+void AccumulateVecs(const float* p, const float* vb, int count, int head_dim, float* out) {
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  VF acc[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Load(d, out + r * head_dim + v * lanes);
+  }
+  for (int i = 0; i < count; ++i) {
+    VF value[kVecs];
+    for (int v = 0; v < kVecs; ++v) value[v] = hn::Load(d, vb + i * head_dim + v * lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const VF weight = hn::Set(d, p[r * kBlockKeys + i]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(weight, value[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) hn::Store(acc[r][v], d, out + r * head_dim + v * lanes);
+  }
+}
+
+template <int kRows>
+void AccumulateRows(const float* vb, int count, int head_dim, const float* s, int64_t stride,
+                    const float* max, float* denominator, float* out) {
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  alignas(64) float p[kRows * kBlockKeys];
+  for (int r = 0; r < kRows; ++r) {
+    const VF m = hn::Set(d, max[r]);
+    for (int i = 0; i < kBlockKeys; i += lanes) {
+      hn::Store(kernels::HWY_NAMESPACE::Exp(d, hn::Sub(hn::Load(d, s + r * stride + i), m)), d,
+                p + r * kBlockKeys + i);
+    }
+  }
+  float sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = denominator[r];
+  for (int i = 0; i < count; ++i) {
+    for (int r = 0; r < kRows; ++r) sum[r] += p[r * kBlockKeys + i];
+  }
+  for (int r = 0; r < kRows; ++r) denominator[r] = sum[r];
+  int at = 0;
+  for (; at + kOutVecs * lanes <= head_dim; at += kOutVecs * lanes) {
+    AccumulateVecs<kRows, kOutVecs>(p, vb + at, count, head_dim, out + at);
+  }
+  for (; at < head_dim; at += lanes) {
+    AccumulateVecs<kRows, 1>(p, vb + at, count, head_dim, out + at);
+  }
+}
+
+// fn.template operator()<kRows>(row) over rows [begin, end), four at a time.
+template <typename Fn>
+HWY_INLINE void ForRowGroups(int begin, int end, const Fn& fn) {
+  int row = begin;
+  for (; row + 4 <= end; row += 4) fn.template operator()<4>(row);
+  switch (end - row) {
+    case 3:
+      return fn.template operator()<3>(row);
+    case 2:
+      return fn.template operator()<2>(row);
+    case 1:
+      return fn.template operator()<1>(row);
+    default:
+      return;
+  }
+}
+
+float* Carve(uint8_t** scratch, int64_t floats) {
+  float* block = reinterpret_cast<float*>(*scratch);
+  *scratch += (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+  return block;
+}
+
+void RunTile(const AttentionTile& tile) {
+  const DF d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const int head_dim = tile.source.layout.head_dim;
+  const KvFormatId format = tile.source.layout.format;
+  const int rows = tile.num_queries * tile.group;
+  const int last_query = tile.first_query + tile.num_queries - 1;
+  const int chunk_keys =
+      tile.source.chunk_tokens == 0 ? 0 : last_query - tile.source.span->num_tokens + 1;
+  const int64_t stride = (int64_t{tile.source.span->num_live()} + chunk_keys + kBlockKeys - 1) /
+                         kBlockKeys * kBlockKeys;
+  uint8_t* scratch = tile.scratch;
+  float* kt = Carve(&scratch, int64_t{head_dim} * kBlockKeys);  // also V's, in the second part
+  float* q = Carve(&scratch, int64_t{rows} * head_dim);
+  float* out = Carve(&scratch, int64_t{rows} * head_dim);
+  float* max_lanes = Carve(&scratch, int64_t{rows} * lanes);
+  float* max = Carve(&scratch, rows);
+  float* denominator = Carve(&scratch, rows);
+  uint8_t* raw = reinterpret_cast<uint8_t*>(Carve(&scratch, int64_t{head_dim} * kBlockKeys / 2));
+  float* scores = Carve(&scratch, rows * stride);
+
+  const int row_floats = tile.group * head_dim;  // of one query
+  for (int i = 0; i < tile.num_queries; ++i) {
+    std::memcpy(q + i * row_floats, tile.q + i * tile.query_stride,
+                static_cast<size_t>(row_floats) * sizeof(float));
+  }
+  std::fill(out, out + rows * head_dim, 0.0f);
+  std::fill(denominator, denominator + rows, 0.0f);
+  std::fill(max_lanes, max_lanes + rows * lanes, -std::numeric_limits<float>::infinity());
+
+  KeyBlock block;
+  // Rows of queries before the block's first key see none of it.
+  const auto first_row = [&] { return std::max(block.min_pos - tile.first_query, 0) * tile.group; };
+  int64_t at = 0;
+  for (KeyCursor cursor(tile.source, tile.first_query, last_query); cursor.Next(&block);
+       at += kBlockKeys) {
+    if (format == KvFormatId::kFp8) {
+      LoadKeys<uint8_t>(block, head_dim, raw, kt);
+    } else {
+      LoadKeys<uint16_t>(block, head_dim, raw, kt);
+    }
+    ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
+      ScoreRows<kRows>(kt, q + row * head_dim, head_dim, tile.scale, scores + row * stride + at,
+                       stride);
+    });
+    for (int row = first_row(); row < rows; ++row) {
+      const int32_t pos = tile.first_query + row / tile.group;
+      float* s = scores + row * stride + at;
+      if (block.count < kBlockKeys || block.max_pos > pos || block.min_limit <= pos) {
+        MaskRow(block, pos, s);
+      }
+      VF m = hn::Load(d, max_lanes + row * lanes);
+      for (int i = 0; i < kBlockKeys; i += lanes) m = hn::Max(m, hn::Load(d, s + i));
+      hn::Store(m, d, max_lanes + row * lanes);
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    max[row] = *std::max_element(max_lanes + row * lanes, max_lanes + (row + 1) * lanes);
+  }
+
+  at = 0;
+  for (KeyCursor cursor(tile.source, tile.first_query, last_query); cursor.Next(&block);
+       at += kBlockKeys) {
+    LoadValues(format, block, head_dim, kt);
+    ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
+      AccumulateRows<kRows>(kt, block.count, head_dim, scores + row * stride + at, stride,
+                            max + row, denominator + row, out + row * head_dim);
+    });
+  }
+
+  for (int row = 0; row < rows; ++row) {
+    const int64_t to =
+        row / tile.group * tile.query_stride + static_cast<int64_t>(row % tile.group) * head_dim;
+    const float sum = denominator[row];
+    for (int i = 0; i < head_dim; ++i) {
+      const float value = out[row * head_dim + i] / sum;
+      if (tile.out_f32 != nullptr) {
+        tile.out_f32[to + i] = value;
+      } else {
+        tile.out_bf16[to + i] = ToBf16(value);
+      }
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace winnow::kernels::internal
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace winnow::kernels::internal {
+
+HWY_EXPORT(RunTile);
+
+void RunAttentionTile(const AttentionTile& tile) {
+  ActiveCpuPath();
+  HWY_DYNAMIC_DISPATCH(RunTile)(tile);
+}
+
+}  // namespace winnow::kernels::internal
+#endif

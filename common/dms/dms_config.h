@@ -18,23 +18,24 @@ struct DmsConfig {
 
 // Reads DMS keys from the text of dms_metadata.json (there also under "config")
 // or config.json. Keys, with their aliases and defaults:
-//   dms_window_size, window_size               256, or 512 for model_type qwen3
+//   dms_window_size, window_size               512 where the model has q-norm, else 256
 //   dms_alpha_scale, alpha_scale               100
 //   dms_initial_alpha_offset, dms_alpha_offset, alpha_offset   5
 //   dms_separate_alpha                         false: the borrowed query channel
 //   dms_alpha_per                              "head" ("layer": head 0's bit for all)
-//   dms_decision_shift                         1; 0 for a borrowed channel before q-norm
-//   dms_logit_source                           "q_norm" where the model has q-norm, else "q"; or
-//   "proj_alpha" dms_zero_channel                           "both" after q-norm, "before_rope"
-//   before it; or "none"
-// `has_q_norm`: the model's architecture has q-norm (Qwen3). nullopt if the
-// text names none of the DMS keys. INVALID_ARGUMENT, naming the field, for
-// text that is not JSON or a value out of range.
+//   dms_logit_source                           "q_norm" where the model has q-norm, else "q";
+//                                              "proj_alpha" with dms_separate_alpha
+//   dms_decision_shift                         0 for "q", else 1
+//   dms_zero_channel                           "both" for "q_norm", "before_rope" for "q", else
+//                                              "none"
+// `has_q_norm`: the model's architecture has q-norm (Qwen3). nullopt if there is
+// no window, scale, offset nor dms_cr. INVALID_ARGUMENT, naming the field, for
+// text that is not a JSON object or a value out of range.
 absl::StatusOr<std::optional<DmsConfig>> ParseDmsConfig(std::string_view json, bool has_q_norm);
 
-// Looks in adapter_dir ("" : none) for dms_metadata.json, which must be there;
-// else in model_dir for dms_metadata.json, then config.json. nullopt: no DMS.
-// NOT_FOUND if an adapter directory lacks the file.
+// Looks in adapter_dir ("": none) for dms_metadata.json, which must be there and
+// name a DMS key; else in model_dir for dms_metadata.json, then config.json.
+// nullopt: no DMS. NOT_FOUND if an adapter directory lacks the file.
 absl::StatusOr<std::optional<DmsConfig>> LoadDmsConfig(const std::string& model_dir,
                                                        const std::string& adapter_dir,
                                                        bool has_q_norm);

@@ -1,0 +1,179 @@
+// Where a layer's time goes on the CPU: every op of one transformer layer of
+// SmolLM2-135M's shape, for a prefill chunk without a prefix. Microseconds an
+// op, best of several repetitions, and the share of the sum.
+//
+//   layer_bench [threads] [tokens] [fp8|bf16]     default: 2 512 fp8
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/base/thread_pool.h"
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/dms_compact.h"
+#include "kernels/dms_prefill_attention.h"
+#include "kernels/gemm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/swiglu.h"
+
+namespace winnow::kernels {
+namespace {
+
+constexpr int kHidden = 576, kHeads = 9, kKvHeads = 3, kHeadDim = 64, kIntermediate = 1536;
+constexpr int kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
+
+double BestUs(const std::function<absl::Status()>& op) {
+  double best = 1e12, total = 0.0;
+  for (int i = 0; i < 5 || total < 0.3e6; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    if (const absl::Status status = op(); !status.ok()) {
+      std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
+      std::exit(1);
+    }
+    const std::chrono::duration<double, std::micro> us = std::chrono::steady_clock::now() - start;
+    best = std::min(best, us.count());
+    total += us.count();
+  }
+  return best;
+}
+
+std::vector<float> RandomFloats(size_t size, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(size);
+  for (float& value : values) value = normal(rng);
+  return values;
+}
+
+PackedMatrix RandomMatrix(int n, int k) {
+  const std::vector<float> values = RandomFloats(static_cast<size_t>(n) * k, 7);
+  std::vector<Bf16> w(values.size());
+  std::transform(values.begin(), values.end(), w.begin(), ToBf16);
+  return PackedMatrix::Pack(w.data(), n, k);
+}
+
+int Main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 2;
+  const int m = argc > 2 ? std::max(1, std::atoi(argv[2])) : 512;
+  const KvFormatId format =
+      argc > 3 && std::string(argv[3]) == "bf16" ? KvFormatId::kBf16 : KvFormatId::kFp8;
+  ThreadPool pool(threads);
+  const size_t rows = static_cast<size_t>(m);
+  std::vector<float> x = RandomFloats(rows * kHidden, 1);
+  const std::vector<float> norm(kHidden, 1.0f);
+  std::vector<Bf16> h(rows * kHidden), attention(rows * kHidden), mlp(rows * kIntermediate);
+  std::vector<float> qkv(rows * kQkv), q(rows * kHidden), gate_up(rows * 2 * kIntermediate);
+  std::vector<uint8_t> kv_rows(rows * kKvHeads * TokenBytes(format, kHeadDim));
+  std::vector<int32_t> positions(rows);
+  for (int i = 0; i < m; ++i) positions[i] = i;
+  const RopeTable rope = BuildRopeTable(kHeadDim, m, 1e5f).value();
+  ThreadScratch scratch(threads, AttentionScratchBytes(kHeads, kKvHeads, kHeadDim, m));
+  const std::vector<Span> spans(kKvHeads);
+  const PackedMatrix w_qkv = RandomMatrix(kQkv, kHidden), w_o = RandomMatrix(kHidden, kHidden),
+                     w_gate_up = RandomMatrix(2 * kIntermediate, kHidden),
+                     w_down = RandomMatrix(kHidden, kIntermediate);
+  const auto gemm = [&](const std::vector<Bf16>& a, const PackedMatrix& w, float* out) {
+    GemmParams p;
+    p.a_bf16 = a.data();
+    p.w = &w;
+    p.out = out;
+    p.m = m;
+    p.lda = w.k();
+    p.ldo = w.n();
+    return GemmCpu(p, &pool);
+  };
+
+  struct Op {
+    const char* name;
+    std::function<absl::Status()> run;
+  };
+  const Op ops[] = {
+      {"rms_norm",
+       [&] {
+         RmsNormParams p;
+         p.x = x.data();
+         p.weight = norm.data();
+         p.out_bf16 = h.data();
+         p.m = m;
+         p.n = kHidden;
+         p.ldx = kHidden;
+         p.eps = 1e-5f;
+         return RmsNormCpu(p, &pool);
+       }},
+      {"gemm qkv", [&] { return gemm(h, w_qkv, qkv.data()); }},
+      {"dms_compact",
+       [&] {
+         DmsCompactParams p;
+         p.q = qkv.data();
+         p.k = p.q + kHeads * kHeadDim;
+         p.v = p.k + kKvHeads * kHeadDim;
+         p.q_stride = p.k_stride = p.v_stride = kQkv;
+         p.positions = positions.data();
+         p.rope_cos = rope.cos.data();
+         p.rope_sin = rope.sin.data();
+         p.num_positions = m;
+         p.format = format;
+         p.q_out = q.data();
+         p.rows = kv_rows.data();
+         p.num_tokens = m;
+         p.num_heads = kHeads;
+         p.num_kv_heads = kKvHeads;
+         p.head_dim = kHeadDim;
+         return DmsCompactCpu(p, &pool);
+       }},
+      {"attention",
+       [&] {
+         DmsPrefillAttentionParams p;
+         p.layout.format = format;
+         p.layout.head_dim = kHeadDim;
+         p.layout.slots_per_page = SlotsPerPage(format, kHeadDim);
+         p.spans = spans.data();
+         p.q = q.data();
+         p.rows = kv_rows.data();
+         p.out_bf16 = attention.data();
+         p.num_tokens = m;
+         p.num_heads = kHeads;
+         p.num_kv_heads = kKvHeads;
+         p.scale = 0.125f;
+         p.scratch = &scratch;
+         return DmsPrefillAttentionCpu(p, &pool);
+       }},
+      {"gemm o", [&] { return gemm(attention, w_o, x.data()); }},
+      {"gemm gate_up", [&] { return gemm(h, w_gate_up, gate_up.data()); }},
+      {"swiglu",
+       [&] {
+         SwiGluParams p;
+         p.x = gate_up.data();
+         p.out_bf16 = mlp.data();
+         p.m = m;
+         p.intermediate = kIntermediate;
+         p.ldx = 2 * kIntermediate;
+         return SwiGluCpu(p, &pool);
+       }},
+      {"gemm down", [&] { return gemm(mlp, w_down, x.data()); }},
+  };
+  std::vector<double> us;
+  double sum = 0.0;
+  for (const Op& op : ops) {
+    us.push_back(BestUs(op.run));
+    sum += us.back();
+  }
+  std::printf("%d tokens, %d threads, %s, path %s\n", m, threads,
+              format == KvFormatId::kFp8 ? "fp8" : "bf16", GemmPathName());
+  for (size_t i = 0; i < us.size(); ++i) {
+    std::printf("%-14s %10.1f us %5.1f %%\n", ops[i].name, us[i], 100.0 * us[i] / sum);
+  }
+  std::printf("%-14s %10.1f us, %.0f tokens/s through 30 layers\n", "layer", sum,
+              m / (30.0 * sum * 1e-6));
+  return 0;
+}
+
+}  // namespace
+}  // namespace winnow::kernels
+
+int main(int argc, char** argv) { return winnow::kernels::Main(argc, argv); }

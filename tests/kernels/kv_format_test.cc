@@ -1,0 +1,185 @@
+#include "kernels/kv_format.h"
+
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "common/base/bf16.h"
+#include "common/base/fp8.h"
+
+namespace winnow::kernels {
+namespace {
+
+constexpr int kDim = 64;
+
+struct Stored {
+  std::vector<uint8_t> row;
+  float k[kDim], v[kDim];
+};
+
+Stored StoreAndLoad(KvFormatId format, const std::vector<float>& k, const std::vector<float>& v) {
+  Stored s;
+  s.row.resize(TokenBytes(format, kDim));
+  StoreRow(format, kDim, k.data(), v.data(), s.row.data());
+  const TokenRef token = RowToken(format, kDim, s.row.data());
+  LoadK(format, kDim, token, s.k);
+  LoadV(format, kDim, token, s.v);
+  return s;
+}
+
+float ScaleOf(const Stored& s, int part) {
+  uint16_t half;
+  std::memcpy(&half, s.row.data() + 2 * kDim + 2 * part, 2);
+  return HalfToFloat(half);
+}
+
+TEST(KvFormat, Names) {
+  EXPECT_EQ(*ParseKvFormat("fp8"), KvFormatId::kFp8);
+  EXPECT_EQ(*ParseKvFormat("bf16"), KvFormatId::kBf16);
+  EXPECT_EQ(ParseKvFormat("int8").status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(KvFormatName(KvFormatId::kFp8), "fp8");
+}
+
+TEST(KvFormat, Sizes) {
+  EXPECT_EQ(TokenBytes(KvFormatId::kFp8, 128), 260u);
+  EXPECT_EQ(TokenBytes(KvFormatId::kBf16, 128), 512u);
+  EXPECT_EQ(PageBytes(128), 8320u);
+  for (int dim = 16; dim <= kMaxHeadDim; dim += 16) {
+    EXPECT_TRUE(ValidateHeadDim(dim).ok());
+    EXPECT_EQ(SlotsPerPage(KvFormatId::kFp8, dim), 32) << dim;
+    EXPECT_EQ(SlotsPerPage(KvFormatId::kBf16, dim), dim == 16 ? 18 : dim == 32 ? 17 : 16) << dim;
+  }
+  for (const int dim : {-16, 0, 8, 24, 100, 272}) {
+    EXPECT_EQ(ValidateHeadDim(dim).code(), absl::StatusCode::kUnimplemented) << dim;
+  }
+}
+
+TEST(KvFormat, EveryCodeDecodesAsE4m3) {
+  for (int code = 0; code < 256; ++code) {
+    if ((code & 0x7f) == 0x7f) {
+      EXPECT_EQ(DecodeE4m3(static_cast<uint8_t>(code)), code == 0x7f ? 480.0f : -480.0f);
+    } else {
+      EXPECT_EQ(DecodeE4m3(static_cast<uint8_t>(code)), E4m3ToFloat(static_cast<uint8_t>(code)));
+    }
+  }
+}
+
+TEST(KvFormat, Fp8CodesAreE4m3OfTheQuotientAndScaleIsTheSmallest) {
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  for (int i = 0; i < 3000; ++i) {
+    std::vector<float> k(kDim), v(kDim);
+    const float size = std::ldexp(1.0f, static_cast<int>(rng() % 60) - 40);
+    for (float& x : k) x = size * normal(rng);
+    for (float& x : v) x = normal(rng) * normal(rng) * normal(rng);
+    const Stored s = StoreAndLoad(KvFormatId::kFp8, k, v);
+    for (const int part : {0, 1}) {
+      const std::vector<float>& x = part == 0 ? k : v;
+      float amax = 0.0f;
+      for (const float value : x) amax = std::max(amax, std::fabs(value));
+      const float scale = ScaleOf(s, part);
+      EXPECT_GT(scale, 0.0f);
+      EXPECT_GE(double{scale} * 448.0, double{amax});
+      const uint16_t below = static_cast<uint16_t>(ToHalf(scale) - 1);
+      EXPECT_LT(double{HalfToFloat(below)} * 448.0, double{amax});
+      for (int d = 0; d < kDim; ++d) {
+        const size_t at = static_cast<size_t>(d);
+        const uint8_t code = s.row[at + static_cast<size_t>(part * kDim)];
+        ASSERT_EQ(code, ToE4m3(x[at] / scale)) << x[at] << " / " << scale;
+        ASSERT_EQ((part == 0 ? s.k : s.v)[d], E4m3ToFloat(code) * scale);
+        ASSERT_LE(std::fabs((part == 0 ? s.k : s.v)[d] - x[at]),
+                  std::max(std::fabs(x[at]) / 16.0f, scale * 0x1p-10f) * 1.0001f);
+      }
+    }
+  }
+}
+
+// 1.75 is 448 times a power of two, so it is stored exactly.
+TEST(KvFormat, ZeroRowStoresZeros) {
+  const std::vector<float> zero(kDim, 0.0f), one(kDim, 1.75f);
+  const Stored s = StoreAndLoad(KvFormatId::kFp8, zero, one);
+  EXPECT_GT(ScaleOf(s, 0), 0.0f);
+  for (int d = 0; d < kDim; ++d) {
+    EXPECT_EQ(s.row[static_cast<size_t>(d)], 0);
+    EXPECT_EQ(s.k[d], 0.0f);
+    EXPECT_EQ(s.v[d], 1.75f);
+  }
+}
+
+TEST(KvFormat, HugeAndTinyValuesStayFinite) {
+  std::vector<float> huge(kDim, 1e38f), tiny(kDim, 1e-38f);
+  const Stored s = StoreAndLoad(KvFormatId::kFp8, huge, tiny);
+  for (int d = 0; d < kDim; ++d) {
+    EXPECT_EQ(s.k[d], 448.0f * 65504.0f);
+    EXPECT_EQ(s.v[d], 0.0f);
+  }
+}
+
+TEST(KvFormat, NotFiniteReadsAsNan) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+        -std::numeric_limits<float>::infinity()}) {
+    std::vector<float> k(kDim, 1.0f), v(kDim, 1.75f);
+    k[17] = bad;
+    const Stored s = StoreAndLoad(KvFormatId::kFp8, k, v);
+    for (int d = 0; d < kDim; ++d) {
+      EXPECT_TRUE(std::isnan(s.k[d]));
+      EXPECT_EQ(s.v[d], 1.75f);
+    }
+  }
+}
+
+TEST(KvFormat, Bf16RoundsToNearest) {
+  std::mt19937 rng(4);
+  std::normal_distribution<float> normal;
+  std::vector<float> k(kDim), v(kDim);
+  for (float& x : k) x = normal(rng);
+  for (float& x : v) x = normal(rng);
+  v[3] = std::numeric_limits<float>::infinity();
+  const Stored s = StoreAndLoad(KvFormatId::kBf16, k, v);
+  for (size_t d = 0; d < kDim; ++d) {
+    EXPECT_EQ(s.k[d], RoundToBf16(k[d]));
+    EXPECT_EQ(s.v[d], RoundToBf16(v[d]));
+  }
+}
+
+TEST(KvFormat, SlotsOfAPageDoNotOverlap) {
+  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+    for (const int dim : {16, 64, 256}) {
+      const int slots = SlotsPerPage(format, dim);
+      const size_t bytes = TokenBytes(format, dim);
+      std::mt19937 rng(5);
+      std::vector<uint8_t> page(PageBytes(dim) + 1, 0xee);
+      std::vector<std::vector<uint8_t>> rows(static_cast<size_t>(slots));
+      for (int slot = slots - 1; slot >= 0; --slot) {
+        std::vector<uint8_t>& row = rows[static_cast<size_t>(slot)];
+        row.resize(bytes);
+        for (uint8_t& byte : row) byte = static_cast<uint8_t>(rng());
+        CopyRowToPage(format, dim, row.data(), page.data(), slot);
+      }
+      EXPECT_EQ(page.back(), 0xee);
+      for (int slot = 0; slot < slots; ++slot) {
+        std::vector<uint8_t> row(bytes);
+        CopyPageToRow(format, dim, page.data(), slot, row.data());
+        EXPECT_EQ(row, rows[static_cast<size_t>(slot)]) << slot;
+        // K rows, then V rows, then K scales, then V scales.
+        const TokenRef ref = PageToken(format, dim, page.data(), slot);
+        const int64_t e = static_cast<int64_t>(KvElementBytes(format));
+        EXPECT_EQ(ref.k - page.data(), slot * dim * e);
+        EXPECT_EQ(ref.v - page.data(), (slots + slot) * dim * e);
+        if (format == KvFormatId::kFp8) {
+          EXPECT_EQ(ref.k_scale - page.data(), 2 * slots * dim + 2 * slot);
+          EXPECT_EQ(ref.v_scale - page.data(), 2 * slots * dim + 2 * (slots + slot));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace winnow::kernels

@@ -5,10 +5,8 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/status/statusor.h"
-#include "common/base/thread_pool.h"
 #include "common/dms/dms_config.h"
 #include "common/model/model_config.h"
 #include "common/model/weights.h"
@@ -34,10 +32,12 @@ class Model {
   const Weights& weights() const { return weights_; }
   // Unset: the checkpoint has no DMS data, so dms- modes are refused.
   const std::optional<DmsConfig>& dms() const { return dms_; }
-  // SHA-256 over names, shapes and bytes of the tensors as loaded, adapter included.
+  // LoadedWeights::digest: names, shapes and bytes of the tensors read, adapter included.
   const std::array<uint8_t, 32>& digest() const { return digest_; }
 
  private:
+  Model() = default;
+
   ModelConfig config_;
   Weights weights_;
   std::optional<DmsConfig> dms_;

@@ -21,7 +21,8 @@ enum class ActivationType { kBf16, kFloat32 };
 class Transformer {
  public:
   struct Options {
-    int max_tokens = 512;  // most rows of one Forward()
+    int max_tokens = 512;   // most rows of one Forward()
+    int max_positions = 0;  // longest sequence; 0: the model's max_position_embeddings
     ActivationType activations = ActivationType::kBf16;
   };
 
@@ -45,8 +46,9 @@ class Transformer {
 
   // One step. Pages for it must have been reserved (KvCache). On error no item's
   // cache can be used further.
-  //   INVALID_ARGUMENT  more rows than max_tokens; a token outside the vocabulary; a
-  //                     position past the model's length.
+  //   INVALID_ARGUMENT  more rows than max_tokens; an empty item; a token outside the
+  //                     vocabulary; a position past the longest sequence's. Then
+  //                     nothing was run.
   absl::Status Forward(absl::Span<const Item> items, const LayerDone& layer_done = nullptr);
 
  private:

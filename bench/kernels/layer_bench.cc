@@ -1,8 +1,10 @@
 // Where a layer's time goes on the CPU: every op of one transformer layer of
-// SmolLM2-135M's shape, for a prefill chunk without a prefix. Microseconds an
-// op, best of several repetitions, and the share of the sum.
+// SmolLM2-135M's shape, for a prefill chunk without a prefix or, with a depth,
+// for a decode step of `tokens` sequences that hold `depth` live tokens a head.
+// Microseconds an op, best of several repetitions, and the share of the sum.
+// One layer's weights and cache stay in the caches: a model's do not.
 //
-//   layer_bench [threads] [tokens] [fp8|bf16]     default: 2 512 fp8
+//   layer_bench [threads] [tokens] [fp8|bf16] [depth]     default: 2 512 fp8 0
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #include "common/base/thread_pool.h"
+#include "kernels/compact_decode_attention.h"
 #include "kernels/cpu/aligned_buffer.h"
 #include "kernels/dms_compact.h"
 #include "kernels/dms_prefill_attention.h"
@@ -57,11 +60,61 @@ PackedMatrix RandomMatrix(int n, int k) {
   return PackedMatrix::Pack(w.data(), n, k);
 }
 
+// Spans of `depth` live tokens, all survivors, on pages of their own.
+class DeepSpans {
+ public:
+  DeepSpans(KvFormatId format, int num_spans, int depth) : spans_(num_spans) {
+    layout_.format = format;
+    layout_.head_dim = kHeadDim;
+    layout_.page_bytes = PageBytes(kHeadDim);
+    layout_.slots_per_page = SlotsPerPage(format, kHeadDim);
+    const int pages_each = (depth + layout_.slots_per_page - 1) / layout_.slots_per_page;
+    memory_ = AlignedBuffer<uint8_t>(layout_.page_bytes * num_spans * pages_each);
+    layout_.pages = memory_.data();
+    const std::vector<float> kv = RandomFloats(2 * kHeadDim, 3);
+    row_.resize(TokenBytes(format, kHeadDim));
+    StoreRow(format, kHeadDim, kv.data(), kv.data() + kHeadDim, row_.data());
+    const int segments_each = (pages_each + kSegmentPages - 1) / kSegmentPages;
+    segments_.resize(static_cast<size_t>(num_spans) * segments_each);
+    for (int s = 0; s < num_spans; ++s) {
+      Span& span = spans_[s];
+      PageSegment* segments = segments_.data() + s * segments_each;
+      for (int i = 0; i < pages_each; ++i) {
+        segments[i / kSegmentPages].page[i % kSegmentPages] = s * pages_each + i;
+      }
+      for (int i = 0; i + 1 < segments_each; ++i) segments[i].next = segments + i + 1;
+      span.survivors = {
+          .head = segments, .tail = segments + segments_each - 1, .num_pages = pages_each};
+      span.newest = row_.data();
+      span.num_survivors = depth - 1;
+      span.num_tokens = depth;
+      for (int t = 0; t < depth - 1; ++t) {
+        CopyRowToPage(format, kHeadDim, row_.data(),
+                      layout_.Page(span.survivors.At(t / layout_.slots_per_page)),
+                      t % layout_.slots_per_page);
+      }
+    }
+    for (int s = 0; s < num_spans; s += kKvHeads) sequences_.push_back(&spans_[s]);
+  }
+
+  const KvLayout& layout() const { return layout_; }
+  const Span* const* sequences() const { return sequences_.data(); }
+
+ private:
+  KvLayout layout_;
+  AlignedBuffer<uint8_t> memory_;
+  std::vector<uint8_t> row_;
+  std::vector<PageSegment> segments_;
+  std::vector<Span> spans_;
+  std::vector<const Span*> sequences_;
+};
+
 int Main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 2;
   const int m = argc > 2 ? std::max(1, std::atoi(argv[2])) : 512;
   const KvFormatId format =
       argc > 3 && std::string(argv[3]) == "bf16" ? KvFormatId::kBf16 : KvFormatId::kFp8;
+  const int depth = argc > 4 ? std::max(0, std::atoi(argv[4])) : 0;
   ThreadPool pool(threads);
   const size_t rows = static_cast<size_t>(m);
   std::vector<float> x = RandomFloats(rows * kHidden, 1);
@@ -72,7 +125,9 @@ int Main(int argc, char** argv) {
   std::vector<int32_t> positions(rows);
   for (int i = 0; i < m; ++i) positions[i] = i;
   const RopeTable rope = BuildRopeTable(kHeadDim, m, 1e5f).value();
-  ThreadScratch scratch(threads, AttentionScratchBytes(kHeads, kKvHeads, kHeadDim, m));
+  ThreadScratch scratch(threads,
+                        AttentionScratchBytes(kHeads, kKvHeads, kHeadDim, std::max(m, depth)));
+  const DeepSpans deep(format, depth > 0 ? m * kKvHeads : 0, depth);
   const std::vector<Span> spans(kKvHeads);
   const PackedMatrix w_qkv = RandomMatrix(kQkv, kHidden), w_o = RandomMatrix(kHidden, kHidden),
                      w_gate_up = RandomMatrix(2 * kIntermediate, kHidden),
@@ -128,6 +183,19 @@ int Main(int argc, char** argv) {
        }},
       {"attention",
        [&] {
+         if (depth > 0) {
+           CompactDecodeAttentionParams p;
+           p.layout = deep.layout();
+           p.spans = deep.sequences();
+           p.q = q.data();
+           p.out_bf16 = attention.data();
+           p.num_seqs = m;
+           p.num_heads = kHeads;
+           p.num_kv_heads = kKvHeads;
+           p.scale = 0.125f;
+           p.scratch = &scratch;
+           return CompactDecodeAttentionCpu(p, &pool);
+         }
          DmsPrefillAttentionParams p;
          p.layout.format = format;
          p.layout.head_dim = kHeadDim;
@@ -163,7 +231,7 @@ int Main(int argc, char** argv) {
     us.push_back(BestUs(op.run));
     sum += us.back();
   }
-  std::printf("%d tokens, %d threads, %s, path %s\n", m, threads,
+  std::printf("%d tokens, depth %d, %d threads, %s, path %s\n", m, depth, threads,
               format == KvFormatId::kFp8 ? "fp8" : "bf16", GemmPathName());
   for (size_t i = 0; i < us.size(); ++i) {
     std::printf("%-14s %10.1f us %5.1f %%\n", ops[i].name, us[i], 100.0 * us[i] / sum);

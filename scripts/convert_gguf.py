@@ -4,7 +4,8 @@
     scripts/convert_gguf.py MODEL.gguf DIRECTORY
 
 The directory gets config.json, model.safetensors (BF16), tokenizer.json, tokenizer_config.json,
-special_tokens_map.json, generation_config.json and, where the file has one, chat_template.jinja.
+special_tokens_map.json, generation_config.json, where the file has one chat_template.jinja, and
+conversion.json, which names the source.
 It appears when all of it is written and checked, or not at all. Needs Python 3.8 and numpy.
 
 Exit codes: 0 done; 2 the file cannot be converted or the directory not written (one sentence on
@@ -12,6 +13,7 @@ standard error says why); 130 interrupted.
 """
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -27,6 +29,9 @@ from ggufconv.hf_model import HfModel
 from ggufconv.hf_tokenizer import HfTokenizer
 from ggufconv.output import NewDirectory, num_values, write_safetensors
 from ggufconv.reader import GgufFile
+
+# Goes up when the same source gives other files.
+FORMAT = 1
 
 # Beside the weights: the tokenizer's files, and a little air.
 _SPARE_BYTES = 64 << 20
@@ -57,8 +62,22 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def convert(source, target, force=False, quiet=False):
+def check_sha256(path, expected):
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError as e:
+        raise ConversionError(f"cannot read {path}: {e.strerror}") from e
+    if digest.hexdigest() != expected:
+        raise ConversionError(f"wrong checksum: {path} has sha256 {digest.hexdigest()}, not {expected}")
+
+
+def convert(source, target, sha256=None, force=False, quiet=False):
     """Raises ConversionError; then `target` is as it was before."""
+    if sha256 is not None:
+        check_sha256(source, sha256)
     gguf = GgufFile(source)
     try:
         model = HfModel(gguf)
@@ -74,6 +93,8 @@ def convert(source, target, force=False, quiet=False):
             directory.write_json("generation_config.json", tokenizer.generation_config)
             if tokenizer.chat_template is not None:
                 directory.write_text("chat_template.jinja", tokenizer.chat_template)
+            origin = {"source": os.path.basename(source), "sha256": sha256, "format": FORMAT}
+            directory.write_json("conversion.json", origin)
     finally:
         gguf.close()
 
@@ -84,12 +105,13 @@ def main():
     )
     parser.add_argument("source", metavar="MODEL.gguf")
     parser.add_argument("target", metavar="DIRECTORY", help="is created; must not exist")
+    parser.add_argument("--sha256", metavar="HEX", help="refuse a source with another checksum")
     parser.add_argument("--force", action="store_true", help="replace DIRECTORY if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        convert(args.source, args.target, args.force, args.quiet)
+        convert(args.source, args.target, args.sha256, args.force, args.quiet)
     except ConversionError as e:
         print(f"convert_gguf.py: {e}", file=sys.stderr)
         return 2

@@ -51,13 +51,11 @@ Tokenizer::Impl::Impl(TokenizerSpec s, PreTokenizer p)
   };
   for (const auto& [content, id] : spec.vocab) set_bytes(content, id);
   for (const AddedToken& token : spec.added) {
-    set_bytes(token.content, token.id);
+    const bool nfc = token.normalized && spec.nfc;
+    const std::string content = nfc ? NormalizeNfc(token.content) : token.content;
+    set_bytes(content, token.id);
     special[static_cast<size_t>(token.id)] = token.special;
-    if (token.normalized) {
-      normalized_added.Add(&token, spec.nfc ? NormalizeNfc(token.content) : token.content);
-    } else {
-      raw_added.Add(&token, token.content);
-    }
+    (token.normalized ? normalized_added : raw_added).Add(&token, content);
   }
 }
 

@@ -7,13 +7,13 @@
 #include <random>
 
 #include "common/engine/runtime.h"
-#include "tests/testing/tiny_model.h"
+#include "tests/testing/tiny_served.h"
 
 namespace winnow {
 namespace {
 
-using testing::TinyDms;
-using testing::TinyModel;
+
+using testing::TinyServed;
 
 // Remembers every event; a prefilled sequence travels by export and import.
 class Recorder final : public EventSink {
@@ -61,7 +61,7 @@ class Recorder final : public EventSink {
 
 class EngineTest : public ::testing::Test {
  protected:
-  EngineTest() : model_(TinyModel::Create({.dms = TinyDms::kAdapter, .window = 8})) {}
+  EngineTest() = default;
 
   std::unique_ptr<Runtime> NewRuntime(const std::string& mode, size_t budget = size_t{32} << 20,
                                       int chunk = 64, int max_num_seqs = 8, int threads = 1) {
@@ -102,7 +102,7 @@ class EngineTest : public ::testing::Test {
     return recorder.outcomes[request.id].tokens;
   }
 
-  TinyModel model_;
+  TinyServed model_;
 };
 
 TEST_F(EngineTest, BatchMatesAndChunksChangeNoToken) {
@@ -261,7 +261,7 @@ TEST_F(EngineTest, RefusesBadRequestsByName) {
 }
 
 TEST_F(EngineTest, DmsModeNeedsDmsData) {
-  const TinyModel plain = TinyModel::Create({});
+  const TinyServed plain;
   const auto runtime = Runtime::Create({.model_dir = plain.dir(), .kv_mode = "dms-fp8"});
   EXPECT_EQ(runtime.status().code(), absl::StatusCode::kFailedPrecondition);
 }

@@ -8,7 +8,7 @@
 
 #include "common/engine/runtime.h"
 #include "tests/integration/cluster.h"
-#include "tests/testing/tiny_model.h"
+#include "tests/testing/tiny_served.h"
 
 namespace winnow::testing {
 namespace {
@@ -67,7 +67,7 @@ class EqualityTest : public ::testing::TestWithParam<EqualityCase> {};
 TEST_P(EqualityTest, ThreeProcessesGiveTheTokensOfOne) {
   constexpr int kRequests = 20;
   const EqualityCase& c = GetParam();
-  const TinyModel model = TinyModel::Create({.dms = TinyDms::kAdapter, .window = 8});
+  const TinyServed model;
 
   // One process, one request at a time, one chunk for the whole prompt.
   const auto runtime = Runtime::Create({.model_dir = model.dir(),

@@ -7,7 +7,7 @@
 
 #include "absl/time/clock.h"
 #include "tests/integration/cluster.h"
-#include "tests/testing/tiny_model.h"
+#include "tests/testing/tiny_served.h"
 
 namespace winnow::testing {
 namespace {
@@ -17,7 +17,7 @@ constexpr absl::Duration kReturned = absl::Seconds(1);  // pages, after that
 
 class FaultsTest : public ::testing::Test {
  protected:
-  FaultsTest() : model_(TinyModel::Create({.dms = TinyDms::kAdapter, .window = 8})) {
+  FaultsTest() {
     cluster_ = std::make_unique<Cluster>(ClusterOptions{.model_dir = model_.dir(),
                                                         .adapter_dir = model_.adapter_dir(),
                                                         .kv_mode = "dms-fp8",
@@ -50,7 +50,7 @@ class FaultsTest : public ::testing::Test {
     EXPECT_TRUE(cluster_->PagesReturn(kReturned));
   }
 
-  TinyModel model_;
+  TinyServed model_;
   std::unique_ptr<Cluster> cluster_;
 };
 

@@ -31,7 +31,6 @@ std::unique_ptr<KvCache> DenseBf16Twin(const KvCacheOptions& options) {
   dense.format = kernels::KvFormatId::kBf16;
   dense.window = 0;
   dense.max_sequences = 1;
-  dense.shuffle_pages = false;
   dense.budget_bytes = size_t{2} * static_cast<size_t>(options.num_layers) *
                        static_cast<size_t>(options.num_kv_heads) *
                        (kernels::PageBytes(options.head_dim) + sizeof(kernels::PageSegment));

@@ -12,7 +12,6 @@
 namespace winnow {
 namespace {
 
-
 using testing::TinyServed;
 
 // Remembers every event; a prefilled sequence travels by export and import.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <fstream>
@@ -27,10 +28,7 @@ struct Options {
   bool local = false;
   std::string model = "default";
   std::string adapter = "none";
-  LocalOptions engine{.kv_mode = "dense-fp8",
-                      .kv_budget_bytes = uint64_t{1} << 30,
-                      .prefill_chunk = 512,
-                      .max_num_seqs = 32};
+  LocalOptions engine;
   std::string prompt;
   std::string prompts;
   bool chat = false;

@@ -42,12 +42,12 @@ std::unique_ptr<Generator> NewServerGenerator(const std::string& address);
 struct LocalOptions {
   std::string model_dir;    // resolved
   std::string adapter_dir;  // "": none
-  std::string kv_mode;
-  uint64_t kv_budget_bytes = 0;
-  int prefill_chunk = 0;  // tokens
-  int max_num_seqs = 0;   // sequences in one batch
-  int max_model_len = 0;  // tokens; 0: the model's
-  int threads = 0;        // 0: one a core
+  std::string kv_mode = "dense-fp8";
+  uint64_t kv_budget_bytes = uint64_t{1} << 30;
+  int prefill_chunk = 512;  // tokens
+  int max_num_seqs = 32;    // sequences in one batch
+  int max_model_len = 0;    // tokens; 0: the model's
+  int threads = 0;          // 0: one a core
 };
 
 // Loads the model and runs an engine on a thread of its own.

@@ -2,94 +2,138 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 
 namespace winnow::kernels::internal {
 
-KeyCursor::KeyCursor(const KeySource& source, int first_query, int last_query)
+KeyCursor::KeyCursor(const KeySource& source, KvPart part, int first_query, int last_query)
     : source_(source),
+      part_(part),
       first_query_(first_query),
       num_chunk_(source.chunk_tokens == 0 ? 0 : last_query - source.span->num_tokens + 1),
-      base_(source.span->num_tokens) {}
+      base_(source.span->num_tokens),
+      newest_done_(source.span->num_tokens == 0) {}
 
 KeyCursor::Run KeyCursor::SlotRun(const PageTable& table, int slot, int max_count) const {
   const KvLayout& layout = source_.layout;
   const int in_page = slot % layout.slots_per_page;
-  return {.ref = PageToken(layout.format, layout.head_dim,
-                           layout.Page(table.At(slot / layout.slots_per_page)), in_page),
+  const TokenRef ref = PageToken(layout.format, layout.head_dim,
+                                 layout.Page(table.At(slot / layout.slots_per_page)), in_page);
+  return {.element = part_ == KvPart::kK ? ref.k : ref.v,
+          .scale = part_ == KvPart::kK ? ref.k_scale : ref.v_scale,
           .stride = static_cast<int64_t>(KvElementBytes(layout.format)) * layout.head_dim,
           .scale_stride = static_cast<int64_t>(KvScaleBytes(layout.format)),
           .count = std::min(max_count, layout.slots_per_page - in_page)};
 }
 
-void KeyCursor::Push(const TokenRef& ref, int32_t pos, bool evict, KeyBlock* block) {
+KeyCursor::Run KeyCursor::RowRun(const uint8_t* row, int64_t stride, int count) const {
+  const TokenRef ref = RowToken(source_.layout.format, source_.layout.head_dim, row);
+  return {.element = part_ == KvPart::kK ? ref.k : ref.v,
+          .scale = part_ == KvPart::kK ? ref.k_scale : ref.v_scale,
+          .stride = stride,
+          .scale_stride = stride,
+          .count = count};
+}
+
+// Keys that every query sees; where they once stood does not matter.
+void KeyCursor::PushVisible(const Run& run, KeyBlock* block) const {
+  const int at = block->count;
+  for (int i = 0; i < run.count; ++i) {
+    block->element[at + i] = run.element + i * run.stride;
+    block->pos[at + i] = -1;
+    block->limit[at + i] = INT32_MAX;
+  }
+  std::memcpy(block->scale + at, run.scale,
+              static_cast<size_t>(run.count) * static_cast<size_t>(run.scale_stride));
+  block->count += run.count;
+  block->max_pos = -1;
+}
+
+void KeyCursor::Push(const Run& run, int i, bool evict, KeyBlock* block) const {
+  const int32_t pos = run.pos + i;
   const int32_t limit = evict ? pos + source_.layout.window + 1 : INT32_MAX;
   if (limit <= first_query_) return;
-  block->ref[block->count] = ref;
-  block->pos[block->count] = pos;
-  block->limit[block->count] = limit;
-  ++block->count;
+  const int at = block->count++;
+  block->element[at] = run.element + i * run.stride;
+  block->pos[at] = pos;
+  block->limit[at] = limit;
+  if (KvScaleBytes(source_.layout.format) > 0) {
+    std::memcpy(block->scale + at, run.scale + i * run.scale_stride, 2);
+  }
   block->max_pos = pos;
   block->min_limit = std::min(block->min_limit, limit);
 }
 
-bool KeyCursor::Next(KeyBlock* block) {
-  const KvLayout& layout = source_.layout;
+void KeyCursor::AddSurvivors(int room, KeyBlock* block) {
   const Span& span = *source_.span;
-  const int ring_begin = span.num_survivors;
-  const int newest = ring_begin + span.num_ring;
-  const int chunk_begin = span.num_live();
-  const int end = chunk_begin + num_chunk_;
-  const bool evicting = layout.window > 0;
-  const bool chunk_bits = evicting && source_.decisions != nullptr;
-  const auto chunk_bit = [&](int t) {
-    return chunk_bits && t < source_.chunk_tokens &&
-           source_.decisions[t * source_.decision_stride] != 0;
-  };
-  if (next_ >= end) return false;
+  const Run run =
+      SlotRun(span.survivors, survivor_, std::min(room, span.num_survivors - survivor_));
+  PushVisible(run, block);
+  survivor_ += run.count;
+}
+
+void KeyCursor::AddRing(int room, KeyBlock* block) {
+  const Span& span = *source_.span;
+  const int window = source_.layout.window;
+  int slot = span.ring_start + ring_;
+  int until = span.num_ring - ring_;
+  if (slot >= window) {
+    slot -= window;
+  } else {
+    until = std::min(until, window - slot);
+  }
+  Run run = SlotRun(span.ring, slot, std::min(room, until));
+  run.pos = base_ - 1 - span.num_ring + ring_;
+  for (int i = 0; i < run.count; ++i) Push(run, i, span.ring_evict[slot + i] != 0, block);
+  ring_ += run.count;
+}
+
+void KeyCursor::AddNewest(KeyBlock* block) {
+  const Span& span = *source_.span;
+  Run run = RowRun(span.newest, 0, 1);
+  run.pos = base_ - 1;
+  Push(run, 0, source_.layout.shift == 1 ? ChunkBit(0) : span.newest_evict != 0, block);
+  newest_done_ = true;
+}
+
+void KeyCursor::AddChunk(KeyBlock* block) {
+  const int shift = source_.layout.shift;
+  Run run = RowRun(source_.rows, source_.row_stride, num_chunk_);
+  run.pos = base_;
+  for (; chunk_ < num_chunk_ && block->count < kBlockKeys; ++chunk_) {
+    Push(run, chunk_, ChunkBit(chunk_ + shift), block);
+  }
+}
+
+// The bit of the chunk's token t; the next chunk's is not known and not needed.
+bool KeyCursor::ChunkBit(int t) const {
+  return source_.decisions != nullptr && source_.layout.window > 0 && t < source_.chunk_tokens &&
+         source_.decisions[t * source_.decision_stride] != 0;
+}
+
+bool KeyCursor::Next(KeyBlock* block) {
+  const Span& span = *source_.span;
   block->count = 0;
   block->min_limit = INT32_MAX;
-  while (block->count < kBlockKeys && next_ < end) {
+  while (block->count < kBlockKeys) {
     const int room = kBlockKeys - block->count;
-    if (next_ < newest) {
-      const bool in_ring = next_ >= ring_begin;
-      Run run;
-      int ring_slot = 0;
-      if (in_ring) {
-        ring_slot = span.ring_start + (next_ - ring_begin);
-        int until = std::min(newest - next_, layout.window - ring_slot);
-        if (ring_slot >= layout.window) {
-          ring_slot -= layout.window;
-          until = newest - next_;
-        }
-        run = SlotRun(span.ring, ring_slot, std::min(room, until));
-      } else {
-        run = SlotRun(span.survivors, next_, std::min(room, ring_begin - next_));
-      }
-      for (int i = 0; i < run.count; ++i) {
-        const TokenRef ref = {.k = run.ref.k + i * run.stride,
-                              .v = run.ref.v + i * run.stride,
-                              .k_scale = run.ref.k_scale + i * run.scale_stride,
-                              .v_scale = run.ref.v_scale + i * run.scale_stride};
-        // A survivor is visible to all; where it once stood does not matter.
-        const int32_t pos = in_ring ? base_ - 1 - span.num_ring + (next_ - ring_begin) + i : -1;
-        Push(ref, pos, in_ring && span.ring_evict[ring_slot + i] != 0, block);
-      }
-      next_ += run.count;
-    } else if (next_ < chunk_begin) {
-      const bool evict = layout.shift == 1 ? chunk_bit(0) : span.newest_evict != 0;
-      Push(RowToken(layout.format, layout.head_dim, span.newest), base_ - 1, evicting && evict,
-           block);
-      ++next_;
+    if (survivor_ < span.num_survivors) {
+      AddSurvivors(room, block);
+    } else if (ring_ < span.num_ring) {
+      AddRing(room, block);
+    } else if (!newest_done_) {
+      AddNewest(block);
+    } else if (chunk_ < num_chunk_) {
+      AddChunk(block);
     } else {
-      const int t = next_ - chunk_begin;
-      Push(RowToken(layout.format, layout.head_dim, source_.rows + t * source_.row_stride),
-           base_ + t, chunk_bit(layout.shift == 1 ? t + 1 : t), block);
-      ++next_;
+      break;
     }
   }
   if (block->count == 0) return false;
   block->min_pos = block->pos[0];
   for (int i = block->count; i < kBlockKeys; ++i) {
+    block->element[i] = block->element[0];  // read, but masked
+    block->scale[i] = block->scale[0];
     block->pos[i] = INT32_MAX;
     block->limit[i] = INT32_MAX;
   }
@@ -122,7 +166,7 @@ size_t TileScratchBytes(int group, int head_dim, int max_keys) {
   const size_t dim = static_cast<size_t>(head_dim);
   const size_t rows = static_cast<size_t>(group) *
                       static_cast<size_t>(std::clamp(kTileRows / group, 1, kMaxTileQueries));
-  const size_t blocks = 2 * dim * kBlockKeys * sizeof(float) + dim * kBlockKeys;
+  const size_t blocks = dim * kBlockKeys * sizeof(float);
   const size_t per_row = (2 * dim + kBlockKeys + 1) * sizeof(float);
   const int fewest = std::min(kMinTileQueries, static_cast<int>(rows) / group);
   return blocks + rows * per_row + std::max(kScoreBytes, ScoreBytes(fewest * group, max_keys)) +

@@ -23,10 +23,13 @@ struct KeySource {
   int chunk_tokens = 0;
 };
 
-// Up to kBlockKeys keys in ascending position.
+enum class KvPart { kK, kV };
+
+// Up to kBlockKeys keys in ascending position, and where their K or V is stored.
 struct KeyBlock {
   int count = 0;
-  TokenRef ref[kBlockKeys];
+  const uint8_t* element[kBlockKeys];
+  alignas(64) uint16_t scale[kBlockKeys];  // float16; unset if the format has none
   // Key i is visible to query position p iff pos[i] <= p < limit[i]. Unused
   // places have pos = INT32_MAX.
   int32_t pos[kBlockKeys];
@@ -38,24 +41,36 @@ struct KeyBlock {
 // others at most such as lie in the window of one of them.
 class KeyCursor {
  public:
-  KeyCursor(const KeySource& source, int first_query, int last_query);
-  // False, and *block untouched, at the end.
+  KeyCursor(const KeySource& source, KvPart part, int first_query, int last_query);
+  // False at the end; then *block is undefined.
   bool Next(KeyBlock* block);
 
  private:
-  struct Run {  // tokens at equal distances
-    TokenRef ref;
+  // Tokens at equal distances.
+  struct Run {
+    const uint8_t* element = nullptr;
+    const uint8_t* scale = nullptr;
     int64_t stride = 0, scale_stride = 0;  // bytes
     int count = 0;
+    int32_t pos = 0;  // of the first
   };
   Run SlotRun(const PageTable& table, int slot, int max_count) const;
-  void Push(const TokenRef& ref, int32_t pos, bool evict, KeyBlock* block);
+  Run RowRun(const uint8_t* row, int64_t stride, int count) const;
+  void AddSurvivors(int room, KeyBlock* block);
+  void AddRing(int room, KeyBlock* block);
+  void AddNewest(KeyBlock* block);
+  void AddChunk(KeyBlock* block);
+  void PushVisible(const Run& run, KeyBlock* block) const;
+  void Push(const Run& run, int i, bool evict, KeyBlock* block) const;
+  bool ChunkBit(int t) const;
 
   const KeySource& source_;
+  const KvPart part_;
   const int first_query_;
-  const int num_chunk_;  // the chunk's tokens up to last_query
-  const int base_;       // position of the chunk's first token
-  int next_ = 0;         // index in survivors | ring | newest | chunk
+  const int num_chunk_;                      // the chunk's tokens up to last_query
+  const int base_;                           // position of the chunk's first token
+  int survivor_ = 0, ring_ = 0, chunk_ = 0;  // the next of each
+  bool newest_done_;
 };
 
 // One tile of queries of one KV head.

@@ -10,7 +10,6 @@
 #include <cstring>
 #include <limits>
 
-#include "common/base/fp8.h"
 #include "kernels/attention_core.h"
 #include "kernels/cpu/cpu_path.h"
 
@@ -27,6 +26,8 @@ namespace winnow::kernels::internal {
 namespace HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
+using kernels::HWY_NAMESPACE::Exp;
+using kernels::HWY_NAMESPACE::LoadBf16;
 
 using DF = hn::CappedTag<float, 16>;
 using DI = hn::RebindToSigned<DF>;
@@ -45,26 +46,23 @@ HWY_INLINE VF CodesToFloat(DF d, const uint8_t* codes) {
   return hn::PromoteTo(d, hn::BitCast(dh, half));
 }
 
-// 256 * scale of a token, to undo CodesToFloat's 2^-8. Exact.
-HWY_INLINE float CodeScale(const uint8_t* scale) {
-  uint16_t half;
-  std::memcpy(&half, scale, 2);
-  return HalfToFloat(half) * 256.0f;
-}
-
-// out[c][r] = in[r][c] for a kSide x kSide square; kSide elements fill 16 bytes.
+// Transposes squares of kSide x kSide elements, kSide elements being 16 bytes: the
+// kBytes at offset of kSide rows in[r] are kBytes / 16 squares side by side.
+// out[c * kBytes / sizeof(T) + square * kSide + r] = in[r][square * kSide + c].
 // log2(kSide) perfect shuffles of the rows transpose.
-template <typename T>
-HWY_INLINE void TransposeSquare(const uint8_t* const* in, size_t offset, T* out, size_t stride) {
+template <typename T, size_t kBytes>
+HWY_INLINE void TransposeSquares(const uint8_t* const* in, size_t offset, T* out) {
   constexpr size_t kSide = 16 / sizeof(T);
+  constexpr size_t kWidth = kBytes / sizeof(T);
 #if HWY_TARGET == HWY_SCALAR
-  for (size_t r = 0; r < kSide; ++r) {
-    for (size_t c = 0; c < kSide; ++c) {
-      std::memcpy(out + c * stride + r, in[r] + offset + c * sizeof(T), sizeof(T));
+  for (size_t i = 0; i < kWidth; ++i) {
+    for (size_t r = 0; r < kSide; ++r) {
+      std::memcpy(out + i % kSide * kWidth + i / kSide * kSide + r, in[r] + offset + i * sizeof(T),
+                  sizeof(T));
     }
   }
 #else
-  const hn::FixedTag<T, kSide> d;
+  const hn::FixedTag<T, kWidth> d;
   hn::Vec<decltype(d)> a[kSide], b[kSide];
   for (size_t i = 0; i < kSide; ++i) {
     a[i] = hn::LoadU(d, reinterpret_cast<const T*>(in[i] + offset));
@@ -76,67 +74,74 @@ HWY_INLINE void TransposeSquare(const uint8_t* const* in, size_t offset, T* out,
     }
     for (size_t i = 0; i < kSide; ++i) a[i] = b[i];
   }
-  for (size_t i = 0; i < kSide; ++i) hn::StoreU(a[i], d, out + i * stride);
+  for (size_t i = 0; i < kSide; ++i) hn::StoreU(a[i], d, out + i * kWidth);
 #endif
 }
 
-// K of a block as floats, transposed: kt [head_dim][kBlockKeys]. `raw` is scratch
-// for the stored elements in that order.
-template <typename T>
-void LoadKeys(const KeyBlock& block, int head_dim, uint8_t* raw, float* kt) {
-  constexpr int kSide = 16 / sizeof(T);
+// 256 * scale of a block's tokens, which undoes CodesToFloat's 2^-8. Exact.
+void LoadScales(const KeyBlock& block, float* scales) {
   const DF d;
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<hwy::float16_t, DF> dh;
+  for (int i = 0; i < kBlockKeys; i += static_cast<int>(hn::Lanes(d))) {
+    const VF scale = hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(d16, block.scale + i)));
+    hn::Store(hn::Mul(scale, hn::Set(d, 256.0f)), d, scales + i);
+  }
+}
+
+// K of a block as floats, transposed: kt [head_dim][kBlockKeys]. Takes kBytes of
+// a row at a time.
+template <typename T, size_t kBytes>
+void LoadKeyBytes(const KeyBlock& block, const float* scales, int head_dim, float* kt) {
+  constexpr int kSide = 16 / sizeof(T);
+  constexpr int kWidth = kBytes / sizeof(T);
+  const hn::CappedTag<float, kSide> d;
   const int lanes = static_cast<int>(hn::Lanes(d));
-  const uint8_t* rows[kBlockKeys];
-  alignas(64) float scales[kBlockKeys] = {};
-  for (int i = 0; i < kBlockKeys; ++i) {
-    const TokenRef& ref = block.ref[i < block.count ? i : 0];  // the rest is masked
-    rows[i] = ref.k;
-    if (sizeof(T) == 1 && i < block.count) scales[i] = CodeScale(ref.k_scale);
-  }
-  T* elements = reinterpret_cast<T*>(raw);
-  const int used = (block.count + kSide - 1) / kSide * kSide;
-  for (int i = 0; i < used; i += kSide) {
-    for (int at = 0; at < head_dim; at += kSide) {
-      TransposeSquare<T>(rows + i, static_cast<size_t>(at) * sizeof(T),
-                         elements + at * kBlockKeys + i, kBlockKeys);
-    }
-  }
-  for (int i = 0; i < kBlockKeys; i += lanes) {
-    if (i >= used) {
-      for (int at = 0; at < head_dim; ++at) hn::Store(hn::Zero(d), d, kt + at * kBlockKeys + i);
-      continue;
-    }
-    const VF scale = hn::Load(d, scales + i);
-    for (int at = 0; at < head_dim; ++at) {
-      const T* from = elements + at * kBlockKeys + i;
-      VF value;
-      if constexpr (sizeof(T) == 1) {
-        value = hn::Mul(CodesToFloat(d, from), scale);
-      } else {
-        value = kernels::HWY_NAMESPACE::LoadBf16(d, reinterpret_cast<const Bf16*>(from));
+  alignas(64) T squares[kSide * kWidth];
+  for (int i = 0; i < kBlockKeys; i += kSide) {
+    for (int at = 0; at < head_dim; at += kWidth) {
+      TransposeSquares<T, kBytes>(block.element + i, static_cast<size_t>(at) * sizeof(T), squares);
+      for (int c = 0; c < kWidth; ++c) {
+        const T* from = squares + c % kSide * kWidth + c / kSide * kSide;
+        float* to = kt + (at + c) * kBlockKeys + i;
+        for (int j = 0; j < kSide; j += lanes) {
+          if constexpr (sizeof(T) == 1) {
+            const VF scale = hn::Load(d, scales + i + j);
+            hn::Store(hn::Mul(CodesToFloat(d, from + j), scale), d, to + j);
+          } else {
+            hn::Store(LoadBf16(d, reinterpret_cast<const Bf16*>(from + j)), d, to + j);
+          }
+        }
       }
-      hn::Store(value, d, kt + at * kBlockKeys + i);
     }
   }
 }
 
+template <typename T>
+void LoadKeys(const KeyBlock& block, const float* scales, int head_dim, float* kt) {
+  const size_t row_bytes = static_cast<size_t>(head_dim) * sizeof(T);
+  if constexpr (HWY_MAX_BYTES >= 64) {
+    if (row_bytes % 64 == 0) return LoadKeyBytes<T, 64>(block, scales, head_dim, kt);
+  }
+  if constexpr (HWY_MAX_BYTES >= 32) {
+    if (row_bytes % 32 == 0) return LoadKeyBytes<T, 32>(block, scales, head_dim, kt);
+  }
+  LoadKeyBytes<T, 16>(block, scales, head_dim, kt);
+}
+
 // V of a block as floats, vb [count][head_dim].
-void LoadValues(KvFormatId format, const KeyBlock& block, int head_dim, float* vb) {
+template <typename T>
+void LoadValues(const KeyBlock& block, const float* scales, int head_dim, float* vb) {
   const DF d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   for (int i = 0; i < block.count; ++i) {
-    const TokenRef& ref = block.ref[i];
+    const T* row = reinterpret_cast<const T*>(block.element[i]);
     float* out = vb + i * head_dim;
-    if (format == KvFormatId::kFp8) {
-      const VF scale = hn::Set(d, CodeScale(ref.v_scale));
-      for (int at = 0; at < head_dim; at += lanes) {
-        hn::Store(hn::Mul(CodesToFloat(d, ref.v + at), scale), d, out + at);
-      }
-    } else {
-      const Bf16* values = reinterpret_cast<const Bf16*>(ref.v);
-      for (int at = 0; at < head_dim; at += lanes) {
-        hn::Store(kernels::HWY_NAMESPACE::LoadBf16(d, values + at), d, out + at);
+    for (int at = 0; at < head_dim; at += lanes) {
+      if constexpr (sizeof(T) == 1) {
+        hn::Store(hn::Mul(CodesToFloat(d, row + at), hn::Set(d, scales[i])), d, out + at);
+      } else {
+        hn::Store(LoadBf16(d, reinterpret_cast<const Bf16*>(row + at)), d, out + at);
       }
     }
   }
@@ -220,8 +225,7 @@ void AccumulateRows(const float* vb, int count, int head_dim, const float* s, in
   for (int r = 0; r < kRows; ++r) {
     const VF m = hn::Set(d, max[r]);
     for (int i = 0; i < kBlockKeys; i += lanes) {
-      hn::Store(kernels::HWY_NAMESPACE::Exp(d, hn::Sub(hn::Load(d, s + r * stride + i), m)), d,
-                p + r * kBlockKeys + i);
+      hn::Store(Exp(d, hn::Sub(hn::Load(d, s + r * stride + i), m)), d, p + r * kBlockKeys + i);
     }
   }
   if (head_dim >= kOutVecs * lanes) {
@@ -268,7 +272,7 @@ void RunTile(const AttentionTile& tile) {
   const DF d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   const int head_dim = tile.source.layout.head_dim;
-  const KvFormatId format = tile.source.layout.format;
+  const bool fp8 = tile.source.layout.format == KvFormatId::kFp8;
   const int rows = tile.num_queries * tile.group;
   const int last_query = tile.first_query + tile.num_queries - 1;
   const int chunk_keys =
@@ -282,7 +286,6 @@ void RunTile(const AttentionTile& tile) {
   float* max_lanes = Carve(&scratch, int64_t{rows} * lanes);
   float* max = Carve(&scratch, rows);
   float* denominator = Carve(&scratch, rows);
-  uint8_t* raw = reinterpret_cast<uint8_t*>(Carve(&scratch, int64_t{head_dim} * kBlockKeys / 2));
   float* scores = Carve(&scratch, rows * stride);
 
   const int row_floats = tile.group * head_dim;  // of one query
@@ -295,15 +298,17 @@ void RunTile(const AttentionTile& tile) {
   std::fill(max_lanes, max_lanes + rows * lanes, -std::numeric_limits<float>::infinity());
 
   KeyBlock block;
+  alignas(64) float scales[kBlockKeys];
   // Rows of queries before the block's first key see none of it.
   const auto first_row = [&] { return std::max(block.min_pos - tile.first_query, 0) * tile.group; };
   int64_t at = 0;
-  for (KeyCursor cursor(tile.source, tile.first_query, last_query); cursor.Next(&block);
+  for (KeyCursor cursor(tile.source, KvPart::kK, tile.first_query, last_query); cursor.Next(&block);
        at += kBlockKeys) {
-    if (format == KvFormatId::kFp8) {
-      LoadKeys<uint8_t>(block, head_dim, raw, kt);
+    if (fp8) {
+      LoadScales(block, scales);
+      LoadKeys<uint8_t>(block, scales, head_dim, kt);
     } else {
-      LoadKeys<uint16_t>(block, head_dim, raw, kt);
+      LoadKeys<uint16_t>(block, scales, head_dim, kt);
     }
     ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
       ScoreRows<kRows>(kt, q + row * head_dim, head_dim, tile.scale, scores + row * stride + at,
@@ -326,9 +331,14 @@ void RunTile(const AttentionTile& tile) {
   }
 
   at = 0;
-  for (KeyCursor cursor(tile.source, tile.first_query, last_query); cursor.Next(&block);
+  for (KeyCursor cursor(tile.source, KvPart::kV, tile.first_query, last_query); cursor.Next(&block);
        at += kBlockKeys) {
-    LoadValues(format, block, head_dim, kt);
+    if (fp8) {
+      LoadScales(block, scales);
+      LoadValues<uint8_t>(block, scales, head_dim, kt);
+    } else {
+      LoadValues<uint16_t>(block, scales, head_dim, kt);
+    }
     ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
       AccumulateRows<kRows>(kt, block.count, head_dim, scores + row * stride + at, stride,
                             max + row, denominator + row, out + row * head_dim);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 
+#include "kernels/cpu/cpu_path.h"
 #include "tests/kernels/dms_case.h"
 
 namespace winnow {
@@ -263,6 +264,33 @@ TEST(DmsAttentionOrder, IsTheDocumentedOne) {
           ASSERT_EQ(got[at + d], out[d] / sum) << "token " << i << " head " << h << " dim " << d;
         }
       }
+    }
+  }
+}
+
+TEST(DmsAttentionOrder, VectorWidthChangesNoBit) {
+  const kernels::CpuPath widest = kernels::ActiveCpuPath();
+  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+    for (const int head_dim : {16, 48, 64, 96}) {
+      DmsCase c = kLong;
+      c.num_tokens = 150;
+      c.window = 20;
+      c.format = format;
+      c.head_dim = head_dim;
+      const DmsInputs in(c);
+      ThreadPool pool(1);
+      auto cache = MakeCache(c);
+      const auto run = [&] {
+        SequenceCache sequence = *cache->NewSequence();
+        return Prefill(in, 0, c.num_tokens, 70, &pool, &sequence, *cache);
+      };
+      const auto want = run();
+      if (kernels::SetCpuPathForTest(kernels::CpuPath::kAvx2)) {
+        EXPECT_EQ(run(), want);
+      }
+      ASSERT_TRUE(kernels::SetCpuPathForTest(kernels::CpuPath::kScalar));
+      ExpectNear(run(), OracleAttention(in));
+      ASSERT_TRUE(kernels::SetCpuPathForTest(widest));
     }
   }
 }

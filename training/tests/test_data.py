@@ -3,7 +3,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from winnow_training.corpus import cfg_to_text, html_to_text, pod_to_text
-from winnow_training.data import SequenceStream, Source, _fact, read_tokens, write_tokens
+from winnow_training.data import SequenceStream, Source, read_tokens, write_tokens
+from winnow_training.generate import loops
 
 
 @pytest.mark.parametrize("name", ["t.bin", "t.bin.xz", "t.bin32"])
@@ -51,3 +52,8 @@ def test_extractors():
   assert pod_to_text("=head1 NAME\n\nB<bold> text\n\n=cut\n") == "NAME\n\nbold text"
   story = "x" * 50
   assert cfg_to_text(f'[message]\n speaker=narrator\n message= _ "{story}"\n id=_ "short"') == story
+
+
+def test_looping_text_is_recognised():
+  rng = np.random.default_rng(0)
+  assert loops([7, 8, 9] * 400) and not loops(rng.integers(0, 40000, 1200).tolist())

@@ -159,6 +159,20 @@ def test_stop_after_pauses_with_a_checkpoint(tiny, data, tmp_path):
   assert run.step == 1 and (tmp_path / CHECKPOINT).exists()
 
 
+def test_accumulated_sequences_average_their_gradients(tiny, data):
+  two = trainer(tiny_config(accumulate=2, clip=1e9), tiny, data)
+  two.run_step()
+  one = trainer(tiny_config(clip=1e9), tiny, data)
+  one._noise.fill_(1.0)
+  expected = None
+  for i in range(2):
+    one._sequence(i)
+    parts = [p.grad.clone() / 2 for p in one._parameters]
+    expected = parts if expected is None else [a + b for a, b in zip(expected, parts)]
+  for got, want in zip((p.grad for p in two._parameters), expected):
+    torch.testing.assert_close(got, want)
+
+
 def test_frozen_base_mode_trains_heads_alone(tiny, data):
   run = trainer(tiny_config(lora_rank=0), tiny, data)
   run.run_step()

@@ -76,26 +76,28 @@ def compact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far_bias: torch.T
   """Same result as `masked` up to rounding and exp(NEGLIGIBLE); T must be a multiple of BLOCK.
 
   The bias travels as two extra channels of the far keys (a high and a low part), so its gradient comes out of the
-  ordinary key gradient instead of scattered atomic additions.
+  ordinary key gradient instead of scattered atomic additions. Far keys are repeated for each query head: the backward
+  pass walks all queries of a key block in one program, and few key blocks are left.
   """
-  _, heads, _, dim = q.shape
+  _, heads, length, dim = q.shape
   group, scale = heads // k.shape[1], dim ** -0.5
   lse = AuxRequest(lse=True)
   near, near_aux = flex_attention(q, k, v, block_mask=near_mask, scale=scale, enable_gqa=True, return_aux=lse)
 
   order = _survivors(far_bias)
-  index = order.clamp(max=far_bias.shape[-1] - 1)
-  high = far_bias.clamp(min=NEGLIGIBLE).to(k.dtype)
-  low = (far_bias.clamp(min=NEGLIGIBLE) - high.float()).detach().to(k.dtype)
+  bias = far_bias.clamp(min=NEGLIGIBLE)
+  high = bias.to(k.dtype)
+  low = (bias - high.float()).detach().to(k.dtype)
   width = 1 << (dim + 1).bit_length()
   far_k = F.pad(torch.cat([k, high[..., None], low[..., None]], -1), (0, width - dim - 2))
   far_v = F.pad(v, (0, width - dim))
-  far_k = far_k.gather(2, index[..., None].expand(-1, -1, -1, width))
-  far_v = far_v.gather(2, index[..., None].expand(-1, -1, -1, width))
+  index = order.clamp(max=length - 1)[..., None].expand(-1, -1, -1, width)
+  far_k = far_k.gather(2, index).repeat_interleave(group, 1)
+  far_v = far_v.gather(2, index).repeat_interleave(group, 1)
   ones = torch.full_like(q[..., :2], 1.0 / scale)
   far_q = F.pad(torch.cat([q, ones], -1), (0, width - dim - 2))
   far, far_aux = flex_attention(far_q, far_k, far_v, block_mask=_far_mask(order, window, group), scale=scale,
-                                enable_gqa=True, return_aux=lse)
+                                return_aux=lse)
 
   total = torch.logaddexp(near_aux.lse, far_aux.lse)
   near_part = (near_aux.lse - total).exp()[..., None] * near.float()

@@ -1,7 +1,7 @@
 """Builds token files from Debian packages: `python -m winnow_training.corpus --config C --tokenizer T --out DIR`.
 
 Downloads each package with apt-get (no root needed), unpacks it with dpkg, turns its files into plain text and
-writes one file of tokens a group (`docs.bin`, `prose.bin`; see `data.py` for the format), plus `corpus.json` with the
+writes one file of tokens a group (`docs.bin.xz`, `prose.bin.xz`; see `data.py` for the format), plus `corpus.json` with the
 versions and token counts.
 """
 
@@ -129,7 +129,7 @@ def main() -> None:
       report[package["name"]] = {"group": group, "version": version, "tokens": sum(map(len, found))}
       print(f"{group:6} {package['name']:28} {version:24} {report[package['name']]['tokens']:9,} tokens", flush=True)
     random.Random(args.seed).shuffle(documents)
-    write_tokens(args.out / f"{group}.bin", documents, separator)
+    write_tokens(args.out / f"{group}.bin.xz", documents, separator)
   (args.out / "corpus.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Lets the teacher write text: `python -m winnow_training.generate --model DIR --prompts FILE --out FILE.bin.xz ...`.
 
-Three kinds of prompt, in equal shares, filled with words and sentences of `--prompts` (plain text or a token file):
-a chat request in the model's template, the heading of an article, and the start of a passage to go on with. All
+Kinds of prompt (`--kinds`), filled with words and sentences of `--prompts` (plain text or a token file): a chat request
+in the model's template, the heading of an encyclopedia's article, and the start of a passage to go on with. All
 sequences of a batch advance together; prompts are forced token by token, so they may differ in length.
 """
 
@@ -9,6 +9,7 @@ import argparse
 import random
 import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from winnow_training.data import read_tokens, write_tokens
 from winnow_training.model import Model, rms_norm, rope_table
 
 BUCKET = 256  # Attention reads the cache up to a multiple of this.
+LOOPING = 0.35  # A text whose tokens zlib packs below this share repeats itself, and is dropped.
+KINDS = ["chat", "article", "passage"]
 
 _REQUESTS = (
     "Write a long and detailed article about {a}.", "Explain {a} to a beginner, step by step.",
@@ -30,24 +33,45 @@ _REQUESTS = (
     "Answer in detail: why does {a} matter for {b}?", "Continue this text:\n\n{s}")
 
 
-def make_prompt(rng: random.Random, tokenizer: Tokenizer, text: np.ndarray) -> list[int]:
-  """Tokens of one prompt, built around a random place in `text`."""
+_TITLES = (
+    "Battle of {A}", "Siege of {A}", "{A} River", "{A} ( ship )", "SS {A}", "{A} County", "{A} {B} ( footballer )",
+    "{A} {B}", "{y} {A} season", "{A} Cathedral", "The {A} ( film )", "{A} ( album )", "Hurricane {A} ( {y} )",
+    "{A} Railway", "{A} ( genus )", "{A} II of {B}", "{A} Island", "{A} ( song )", "{A} ( video game )", "{A} Bridge",
+    "History of {A}", "{A} National Park", "{A} ( TV series )", "No. {n} Squadron", "{A} ( mineral )", "Mount {A}",
+    "{A} ( bird )", "{A} Treaty", "Interstate {n}", "{A} v. {B}", "{A} ( novel )", "University of {A}", "{A} ( god )")
+_LEADS = (" = {t} = \n \n {t} was ", " = {t} = \n \n The {t} ( ", " = {t} = \n \n {t} is ", "{t}\n\n{t} is ",
+          "# {t}\n\n{t} was ", "{t}\n\nFrom an encyclopedia. {t} ", " = {t} = \n \n In {y} , ", "{t} was born in ")
+
+
+def _heading(rng: random.Random, passage: str) -> str:
+  """Title and first words of a made-up article."""
+  names = re.findall(r"\b[A-Z][a-z]{3,}", passage) or ["Northwick", "Alden"]
+  facts = {"A": rng.choice(names), "B": rng.choice(names), "y": rng.randrange(1400, 2016), "n": rng.randrange(2, 900)}
+  return rng.choice(_LEADS).format(t=rng.choice(_TITLES).format(**facts), **facts)
+
+
+def make_prompt(rng: random.Random, tokenizer: Tokenizer, text: np.ndarray, kinds: list[str]) -> list[int]:
+  """Tokens of one prompt of a random kind, built around a random place in `text`."""
   start = rng.randrange(text.size - 200)
   passage = tokenizer.decode(text[start:start + 160].tolist())
   words = [w for w in re.findall(r"[A-Za-z]{5,}", passage)] or ["nature"]
   a, b = rng.choice(words), rng.choice(words)
   sentence = " ".join(passage.split()[1:rng.randrange(12, 40)])
-  kind = rng.randrange(3)
-  if kind == 0:
+  kind = rng.choice(kinds)
+  if kind == "chat":
     request = rng.choice(_REQUESTS).format(a=a, b=b, s=sentence)
     prompt = f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
-  elif kind == 1:
-    title = a.capitalize() if rng.random() < 0.5 else f"{a.capitalize()} {b.capitalize()}"
-    prompt = rng.choice((f"{title}\n\n{title} is ", f"# {title}\n\n## History\n\n", f" = {title} = \n \n {title} was ",
-                         f"{title}\n\nFrom an encyclopedia: "))
+  elif kind == "article":
+    prompt = _heading(rng, passage)
   else:
     prompt = sentence
   return tokenizer.encode(prompt, add_special_tokens=False).ids[:120]
+
+
+def loops(document: list[int]) -> bool:
+  """Whether a small model fell into repeating itself."""
+  data = np.asarray(document, dtype="<u2").tobytes()
+  return len(zlib.compress(data)) < LOOPING * len(data)
 
 
 class Decoder:
@@ -136,6 +160,7 @@ def main() -> None:
   parser.add_argument("--model", type=Path, required=True)
   parser.add_argument("--prompts", type=Path, required=True)
   parser.add_argument("--out", type=Path, required=True, help="token file; what it holds is replaced")
+  parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="one is drawn for each text")
   parser.add_argument("--batch", type=int, default=1024)
   parser.add_argument("--length", type=int, default=1536)
   parser.add_argument("--rounds", type=int, default=2)
@@ -152,10 +177,11 @@ def main() -> None:
   decoder = Decoder(model, args.batch, args.length)
   documents, started = [], time.monotonic()
   for i in range(args.rounds):
-    prompts = [make_prompt(rng, tokenizer, text) for _ in range(args.batch)]
-    documents += decoder.sample(prompts, [rng.uniform(0.7, 1.0) for _ in prompts]).tolist()
+    prompts = [make_prompt(rng, tokenizer, text, args.kinds) for _ in range(args.batch)]
+    written = decoder.sample(prompts, [rng.uniform(0.8, 1.0) for _ in prompts]).tolist()
+    documents += [d for d in written if not loops(d)]
     total = sum(map(len, documents))
-    print(f"round {i + 1} of {args.rounds}: {total:,} tokens, {total / (time.monotonic() - started):,.0f} a second",
+    print(f"round {i + 1} of {args.rounds}: {total:,} tokens kept, {total / (time.monotonic() - started):,.0f} a second",
           flush=True)
   write_tokens(args.out, documents, end)
 

@@ -201,19 +201,17 @@ class Model(nn.Module):
     for layer in self.layers:
       layer.compile()
 
-  def forward(self, tokens: torch.Tensor, gate: Gate | None = None, generator: torch.Generator | None = None
+  def forward(self, tokens: torch.Tensor, gate: Gate | None = None, uniform: torch.Tensor | None = None
               ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens [B,T]. Returns the normed last hidden state [B,T,hidden] and the decision logits [L,B,G,T] or None."""
+    """Tokens [B,T]; `uniform` [L,B,G,T] in (0, 1) draws the noise of a relaxed gate.
+
+    Returns the normed last hidden state [B,T,hidden] and the decision logits [L,B,G,T], if there are any.
+    """
     h = F.embedding(tokens, self.embed)
     cos, sin = rope_table(self.config, tokens.shape[1], tokens.device)
-    noisy = gate is not None and gate.relaxation is not None
     decisions = []
-    for layer in self.layers:
-      uniform = None
-      if noisy:
-        shape = (tokens.shape[0], self.config.kv_heads, tokens.shape[1])
-        uniform = torch.rand(shape, device=h.device, generator=generator).clamp(1e-6, 1 - 1e-6)
-      h, logits = layer(h, cos, sin, gate, uniform)
+    for i, layer in enumerate(self.layers):
+      h, logits = layer(h, cos, sin, gate, None if uniform is None else uniform[i])
       decisions.append(logits)
     hidden = rms_norm(h, self.norm, self.config.eps)
     return hidden, None if decisions[0] is None else torch.stack(decisions)

@@ -28,49 +28,88 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
-  """One run: model, optimizer and position. Not thread-safe."""
+  """One run: model, optimizer and position. Not thread-safe.
+
+  On a GPU the forward and backward of one sequence are captured once as a CUDA graph; what changes from step to step
+  (tokens, noise, targets) goes through fixed tensors.
+  """
 
   def __init__(self, config: TrainConfig, model: Model, stream: SequenceStream, device: torch.device):
     self.config, self.model, self.stream, self.device = config, model, stream, device
     self.step = 0
-    self._noise = torch.zeros((), device=device)
     heads = [p for n, p in model.named_parameters() if ".lora." not in n]
     lora = [p for n, p in model.named_parameters() if ".lora." in n]
     groups = [{"params": heads, "base_lr": config.lr_heads}, {"params": lora, "base_lr": config.lr_lora}]
     self._parameters = heads + lora
     self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95),
                                         weight_decay=0.0, fused=device.type == "cuda")
+    self._tokens = torch.zeros(1, config.length, dtype=torch.int64, device=device)
+    self._uniform = torch.full((model.config.layers, 1, model.config.kv_heads, config.length), 0.5, device=device)
+    self._noise, self._target = torch.zeros((), device=device), torch.zeros((), device=device)
     near = window_mask(config.length, config.window, device) if device.type == "cuda" else None
     self._gate = Gate(config.window, Relaxation(config.tau, self._noise), near)
+    self._graph: torch.cuda.CUDAGraph | None = None
     if device.type == "cuda":
       model.compile_layers()
+
+  def _forward_backward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and hard rate of the current tokens; leaves the gradient in the parameters."""
+    with torch.no_grad():
+      teacher, _ = self.model(self._tokens)
+    student, relaxed = self.model(self._tokens, self._gate, self._uniform)
+    kl = forward_kl(student[0], teacher[0], self.model.head)
+    rate = hard_rate(relaxed)
+    (kl + self.config.rate_weight * torch.relu(self._target - rate)).backward()
+    return kl.detach(), rate.detach()
+
+  def _capture(self) -> None:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+      for _ in range(3):    # Compiles, and lets the allocator settle.
+        self._forward_backward()
+        self._optimizer.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    self._graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(self._graph):
+      self._outputs = self._forward_backward()
+
+  def _sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient and figures of sequence `index`, which with the seed fixes its tokens and noise."""
+    tokens = torch.from_numpy(self.stream[index])[None]
+    self._tokens.copy_(tokens.pin_memory() if self.device.type == "cuda" else tokens, non_blocking=True)
+    generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + index)
+    self._uniform.uniform_(1e-6, 1.0 - 1e-6, generator=generator)
+    if self.device.type != "cuda":
+      self._optimizer.zero_grad(set_to_none=True)
+      return self._forward_backward()
+    if self._graph is None:
+      self._capture()
+    self._graph.replay()    # Overwrites the gradients.
+    return self._outputs
 
   def run_step(self) -> dict[str, torch.Tensor | float]:
     """One optimizer step; returns its figures (tensors stay on the device)."""
     c, progress = self.config, self.step / self.config.steps
-    target = c.schedule.evicted(progress)
+    target, factor = c.schedule.evicted(progress), c.schedule.learning_rate(progress)
     self._noise.fill_(c.schedule.noise_amplitude(progress))
-    factor = c.schedule.learning_rate(progress)
+    self._target.fill_(target)
     for group in self._optimizer.param_groups:
       group["lr"] = group["base_lr"] * factor
-    kl_sum = rate_sum = 0.0
+    kl = rate = 0.0
+    gradients: list[torch.Tensor] = []
     for i in range(c.accumulate):
-      sequence = self.step * c.accumulate + i
-      tokens = torch.from_numpy(self.stream[sequence]).to(self.device)[None]
-      generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + sequence)
-      with torch.no_grad():
-        teacher, _ = self.model(tokens)
-      student, relaxed = self.model(tokens, self._gate, generator)
-      kl = forward_kl(student[0], teacher[0], self.model.head)
-      rate = hard_rate(relaxed)
-      loss = kl + c.rate_weight * torch.relu(target - rate)
-      (loss / c.accumulate).backward()
-      kl_sum, rate_sum = kl_sum + kl.detach(), rate_sum + rate.detach()
+      one_kl, one_rate = self._sequence(self.step * c.accumulate + i)
+      kl, rate = kl + one_kl / c.accumulate, rate + one_rate / c.accumulate
+      if c.accumulate > 1:
+        parts = [p.grad / c.accumulate for p in self._parameters]
+        gradients = [a + b for a, b in zip(gradients, parts)] if gradients else parts
+    for parameter, gradient in zip(self._parameters, gradients):
+      parameter.grad.copy_(gradient)
     norm = torch.nn.utils.clip_grad_norm_(self._parameters, c.clip)
     self._optimizer.step()
-    self._optimizer.zero_grad(set_to_none=True)
     self.step += 1
-    return {"kl": kl_sum / c.accumulate, "rate": rate_sum / c.accumulate, "target": target, "lr": factor,
+    return {"kl": kl, "rate": rate, "target": target, "lr": factor,
             "noise": c.schedule.noise_amplitude(progress), "grad": norm}
 
   def save(self, path: Path) -> None:

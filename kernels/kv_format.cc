@@ -19,11 +19,11 @@ constexpr uint16_t kHalfMax = 0x7bff;  // 65504
 // The smallest positive float16 s with 448 * s >= amax, so |x| / s <= 448. A NaN
 // where a value is not finite; 65504 (and saturating codes) past 448 * 65504.
 uint16_t ScaleFor(const float* x, int n) {
-  uint32_t amax_bits = 0;
+  int32_t amax_bits = 0;
   for (int i = 0; i < n; ++i) {
-    amax_bits = std::max(amax_bits, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    amax_bits = std::max(amax_bits, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
   }
-  if (amax_bits >= 0x7f800000u) return kHalfNan;
+  if (amax_bits >= 0x7f800000) return kHalfNan;
   const float amax = std::bit_cast<float>(amax_bits);
   uint16_t scale = std::min(ToHalf(amax / kE4m3Max), kHalfMax);
   // The product is exact: 11 + 3 bits.
@@ -31,16 +31,18 @@ uint16_t ScaleFor(const float* x, int n) {
   return scale;
 }
 
-// ToE4m3() for a finite value, without branches.
-uint8_t EncodeE4m3(float x) {
-  const uint32_t u = std::bit_cast<uint32_t>(x);
-  const uint32_t sign = (u >> 24) & 0x80u;
-  const uint32_t abs = std::min(u & 0x7fffffffu, std::bit_cast<uint32_t>(kE4m3Max));
+// ToE4m3() for a finite value, without branches and in 32-bit steps that the
+// compiler turns into vectors.
+int32_t EncodeE4m3(float x) {
+  const int32_t u = std::bit_cast<int32_t>(x);
+  const int32_t sign = (u >> 24) & 0x80;
+  const int32_t abs = std::min(u & 0x7fffffff, std::bit_cast<int32_t>(kE4m3Max));
   // From 2^-6 up: drop 20 mantissa bits, ties to even, and move the exponent's bias from 127 to 7.
-  const uint32_t normal = ((abs + 0x7ffffu + ((abs >> 20) & 1u)) >> 20) - (120u << 3);
+  const int32_t normal = ((abs + 0x7ffff + ((abs >> 20) & 1)) >> 20) - (120 << 3);
   // Below: the spacing is 2^-9, which is that of floats at 2^14.
-  const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(abs) + 16384.0f) & 0xffu;
-  return static_cast<uint8_t>(sign | (abs < 0x3c800000u ? small : normal));
+  const int32_t small = std::bit_cast<int32_t>(std::bit_cast<float>(abs) + 16384.0f) & 0xff;
+  const int32_t is_small = (abs - 0x3c800000) >> 31;  // all ones below 2^-6
+  return sign | (small & is_small) | (normal & ~is_small);
 }
 
 void StoreElements(KvFormatId format, int head_dim, const float* x, uint8_t* elements,
@@ -59,7 +61,9 @@ void StoreElements(KvFormatId format, int head_dim, const float* x, uint8_t* ele
     return;
   }
   const float s = HalfToFloat(scale);
-  for (int d = 0; d < head_dim; ++d) elements[d] = EncodeE4m3(x[d] / s);
+  int32_t codes[kMaxHeadDim];
+  for (int d = 0; d < head_dim; ++d) codes[d] = EncodeE4m3(x[d] / s);
+  for (int d = 0; d < head_dim; ++d) elements[d] = static_cast<uint8_t>(codes[d]);
 }
 
 void LoadElements(KvFormatId format, int head_dim, const uint8_t* elements, const uint8_t* scale,

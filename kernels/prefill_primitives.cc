@@ -133,6 +133,36 @@ absl::Status CompactByBoolCpu(const CompactByBoolParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status KeyStateCpu(const KeyStateParams& p) {
+  WINNOW_RETURN_IF_ERROR(
+      CheckShape("key_state",
+                 p.new_decisions != nullptr && p.new_lens != nullptr && p.state != nullptr &&
+                     (p.old_seq == 0 || (p.old_evicted != nullptr && p.old_lens != nullptr)),
+                 {p.num_rows, p.old_seq, p.new_seq}, 1));
+  for (int64_t n = 0; n < p.num_rows; ++n) {
+    const int old_len = p.old_seq == 0 ? 0 : p.old_lens[n];
+    WINNOW_RETURN_IF_ERROR(CheckRange("key_state: old_lens", n, old_len, p.old_seq));
+    WINNOW_RETURN_IF_ERROR(CheckRange("key_state: new_lens", n, p.new_lens[n], p.new_seq));
+    const int pad = p.new_seq - p.new_lens[n];
+    // Of the first new token, which stands after the padding.
+    const bool carry = p.new_lens[n] > 0 && p.new_decisions[n * p.new_seq + pad] != 0;
+    KeyState* state = p.state + n * (int64_t{p.old_seq} + p.new_seq);
+    for (int i = 0; i < p.old_seq; ++i) {
+      const bool evict = p.old_evicted[n * p.old_seq + i] != 0 || (i == p.old_seq - 1 && carry);
+      state[i] = i < p.old_seq - old_len ? KeyState::kPadding
+                 : evict                 ? KeyState::kEvict
+                                         : KeyState::kKeep;
+    }
+    for (int i = 0; i < p.new_seq; ++i) {
+      const bool evict = i + 1 < p.new_seq && p.new_decisions[n * p.new_seq + i + 1] != 0;
+      state[p.old_seq + i] = i < pad ? KeyState::kPadding
+                             : evict ? KeyState::kEvict
+                                     : KeyState::kKeep;
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status DmsFusedPrefillCpu(const DmsFusedPrefillParams& p) {
   WINNOW_RETURN_IF_ERROR(CheckShape(
       "dms_fused_prefill",

@@ -63,6 +63,20 @@ absl::Status CompactByBoolCpu(const CompactByBoolParams& params);
 // A key's part in the fused prefill. Padding is a state of its own: never visible.
 enum class KeyState : int8_t { kKeep = 0, kEvict = 1, kPadding = 2 };
 
+// States of [old | new] keys from decisions in which the bit of a token decides
+// its predecessor: new token k + 1 decides new token k, new token 0 the last old
+// one; the last new token's bit is not known yet, it is kept. Old and new keys are
+// left padded.
+struct KeyStateParams {
+  const uint8_t* new_decisions = nullptr;      // [num_rows, new_seq]; 1: evict
+  const uint8_t* old_evicted = nullptr;        // [num_rows, old_seq]; may be null if old_seq is 0
+  const int32_t* old_lens = nullptr;           // [num_rows]; in [0, old_seq]; null if old_seq is 0
+  const int32_t* new_lens = nullptr;           // [num_rows]; in [0, new_seq]
+  KeyState* state = nullptr;                   // [num_rows, old_seq + new_seq]
+  int num_rows = 0, old_seq = 0, new_seq = 0;  // num_rows: batch * num_kv_heads
+};
+absl::Status KeyStateCpu(const KeyStateParams& params);
+
 // Prefill attention of left-padded rows over [old | new] keys in float32:
 //   visible(m, n) = n <= q and state[n] != kPadding and (q - n <= window or state[n] == kKeep),  q
 //   = old_seq + m

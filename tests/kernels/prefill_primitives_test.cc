@@ -180,6 +180,42 @@ TEST(CompactByBool, Golden) {
   EXPECT_EQ(counts, (Ints{3, 0}));
 }
 
+TEST(KeyState, ShiftsBitsAndMarksPadding) {
+  constexpr auto K = KeyState::kKeep, E = KeyState::kEvict, P = KeyState::kPadding;
+  const Mask decisions = {1, 1, 0, 1, /**/ 0, 0, 1, 1, /**/ 1, 1, 1, 1};
+  const Mask old_evicted = {0, 1, 0, /**/ 1, 0, 0, /**/ 0, 0, 0};
+  const Ints old_lens = {3, 2, 0}, new_lens = {4, 2, 0};
+  std::vector<KeyState> state(3 * 7, P);
+  ASSERT_TRUE(KeyStateCpu({.new_decisions = decisions.data(),
+                           .old_evicted = old_evicted.data(),
+                           .old_lens = old_lens.data(),
+                           .new_lens = new_lens.data(),
+                           .state = state.data(),
+                           .num_rows = 3,
+                           .old_seq = 3,
+                           .new_seq = 4})
+                  .ok());
+  EXPECT_EQ(state, (std::vector<KeyState>{K,      E, E, E, K, E, K, /**/ P, K, E, P, P, E, K,
+                                          /**/ P, P, P, P, P, P, P}));
+  // Nothing cached yet.
+  ASSERT_TRUE(KeyStateCpu({.new_decisions = decisions.data(),
+                           .new_lens = new_lens.data(),
+                           .state = state.data(),
+                           .num_rows = 1,
+                           .new_seq = 4})
+                  .ok());
+  EXPECT_EQ(std::vector<KeyState>(state.begin(), state.begin() + 4),
+            (std::vector<KeyState>{E, K, E, K}));
+  const Ints too_long = {5};
+  EXPECT_EQ(KeyStateCpu({.new_decisions = decisions.data(),
+                         .new_lens = too_long.data(),
+                         .state = state.data(),
+                         .num_rows = 1,
+                         .new_seq = 4})
+                .code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
 // The fused prefill, [old | new] left padded, against the mask written down again.
 struct FusedCase {
   const char* name;

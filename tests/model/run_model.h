@@ -46,6 +46,18 @@ class Runner {
   std::unique_ptr<Transformer> transformer_;
 };
 
+// One text through two runners, position by position.
+struct TextScore {
+  std::vector<double> nll_base, nll;  // [num_tokens - 1]; -log p(token i + 1 | 0..i)
+  double mean_nll_base = 0, mean_nll = 0;
+  double mean_kld = 0;    // of `run` against `base`
+  double same_top1 = 0;   // share of positions
+  double evict_rate = 0;  // of all decisions; the newest token counts as kept
+  std::vector<int> kept;  // [num_layers * num_kv_heads]
+  size_t kv_bytes_base = 0, kv_bytes = 0;
+};
+TextScore ScoreText(Runner* base, Runner* run, absl::Span<const int32_t> tokens, int chunk);
+
 // Token ids that a fixed generator draws from [0, vocab).
 std::vector<int32_t> RandomTokens(int count, int vocab, uint64_t seed);
 

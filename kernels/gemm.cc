@@ -19,20 +19,19 @@ struct GemmPlan {
   int row_pieces = 0, block_pieces = 0;
 };
 
-constexpr int kPieceRows = 48;           // a multiple of every tile's height
-constexpr int kPieceBlocks = 4;          // of the widest tile: its weights stay in L2
-constexpr int kStreamBytes = 128 << 10;  // of weights a piece when they are read once
+constexpr int kPieceRows = 48;   // a multiple of every tile's height
+constexpr int kPieceBlocks = 4;  // of the widest tile: its weights stay in L2
 
-GemmPlan PlanGemm(const GemmParams& params) {
+GemmPlan PlanGemm(const GemmParams& params, int num_threads) {
   GemmPlan plan;
   const int num_blocks = NumBlocks(*params.w);
   plan.rows = std::min(params.m, kPieceRows);
   plan.blocks = kPieceBlocks;
-  if (params.m < kPieceRows) {
-    // Weights stream from memory once: pieces long enough to outweigh their dealing.
-    const int64_t block_bytes = BlockStride(*params.w) * 2;
-    const int blocks = static_cast<int>(kStreamBytes / (block_bytes * plan.rows));
-    plan.blocks = std::clamp(blocks / kPieceBlocks * kPieceBlocks, kPieceBlocks, 16);
+  if (params.m < kPieceRows / 2) {
+    // Weights stream from memory once: rounds of one equal piece a thread.
+    const int round = kStreamBlocks * num_threads;
+    const int pieces = (num_blocks + round - 1) / round * num_threads;
+    plan.blocks = (num_blocks + pieces - 1) / pieces;
   }
   plan.row_pieces = (params.m + plan.rows - 1) / plan.rows;
   plan.block_pieces = (num_blocks + plan.blocks - 1) / plan.blocks;
@@ -101,7 +100,7 @@ absl::Status GemmCpu(const GemmParams& params, ThreadPool* pool) {
   if (params.m == 0) return absl::OkStatus();
   const bool dot_bf16 = params.a_bf16 != nullptr && ActiveCpuPath() == CpuPath::kAvx512Bf16;
   const auto run = dot_bf16 ? GemmPieceAvx512Bf16 : GemmPieceHwy;
-  const GemmPlan plan = PlanGemm(params);
+  const GemmPlan plan = PlanGemm(params, pool->num_threads());
   const int num_blocks = NumBlocks(*params.w);
   pool->ParallelFor(plan.row_pieces * plan.block_pieces, 1, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {

@@ -11,7 +11,8 @@ struct GemmPiece {
   int block_begin = 0, block_end = 0;
 };
 
-constexpr int kBlockRows = 16;  // rows of W in a packed block
+constexpr int kBlockRows = 16;    // rows of W in a packed block
+constexpr int kStreamBlocks = 8;  // blocks that a piece of few rows reads side by side
 
 inline int NumBlocks(const PackedMatrix& w) { return (w.n() + kBlockRows - 1) / kBlockRows; }
 inline int NumPairs(const PackedMatrix& w) { return (w.k() + 1) / 2; }

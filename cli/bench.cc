@@ -32,8 +32,8 @@ absl::StatusOr<std::vector<int>> ParseList(const std::string& name, const std::s
 
 }  // namespace
 
-int RunBench(int argc, char** argv) {
-  if (argc < 3 || std::string(argv[2]) != "engine") {
+int RunBench(int argc, char** argv, int first) {
+  if (argc <= first || std::string(argv[first]) != "engine") {
     std::fprintf(stderr, "winnow bench: the one benchmark is 'winnow bench engine'\n");
     return 2;
   }
@@ -59,7 +59,7 @@ int RunBench(int argc, char** argv) {
   flags.AddInt("threads", &threads, 0, 1024, "CPU threads; 0: one a core");
   flags.AddInt("seed", &seed, 0, 1 << 30, "of the random prompts");
   flags.AddString("json", &json, "write the result to this file too");
-  if (const auto code = config::ParseOrExitCode(&flags, "winnow bench", argc, argv, 3)) {
+  if (const auto code = config::ParseOrExitCode(&flags, "winnow bench", argc, argv, first + 1)) {
     return *code;
   }
   SetLogLevel(LogLevel::kWarning);

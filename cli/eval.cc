@@ -12,7 +12,7 @@
 
 namespace winnow::cli {
 
-int RunEval(int argc, char** argv) {
+int RunEval(int argc, char** argv, int first) {
   EvaluateOptions options;
   std::string model = "default", adapter = "none", modes = "dense-fp8", json;
   int threads = 0;
@@ -35,7 +35,8 @@ int RunEval(int argc, char** argv) {
                 "round the activations of the modes to BF16, as serving does; the base keeps "
                 "float32");
   flags.AddString("json", &json, "write the result to this file too");
-  if (const auto code = config::ParseOrExitCode(&flags, "winnow eval", argc, argv, 2)) return *code;
+  if (const auto code = config::ParseOrExitCode(&flags, "winnow eval", argc, argv, first))
+    return *code;
   SetLogLevel(LogLevel::kWarning);
   options.model_dir = config::ResolveModelDir(model);
   options.adapter_dir = adapter == "none" ? "" : adapter;

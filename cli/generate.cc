@@ -15,6 +15,7 @@
 #include "cli/commands.h"
 #include "cli/generator.h"
 #include "cli/inputs.h"
+#include "cli/output.h"
 #include "cli/results.h"
 #include "common/base/status_macros.h"
 #include "common/config/config.h"
@@ -98,12 +99,6 @@ int UsageError(const std::string& message) {
   return 2;
 }
 
-int Fail(const absl::Status& status) {
-  std::fprintf(stderr, "winnow: %s: %s\n", std::string(CodeName(status.code())).c_str(),
-               std::string(status.message()).c_str());
-  return 1;
-}
-
 // What is wrong with the combination of flags, or "".
 std::string CheckOptions(const Options& o, const config::FlagSet& flags) {
   if (o.local == !o.server.empty()) return "needs either --server HOST:PORT or --local";
@@ -132,11 +127,7 @@ absl::StatusOr<std::unique_ptr<Generator>> MakeGenerator(const Options& o) {
   LocalOptions local = o.engine;
   local.model_dir = config::ResolveModelDir(o.model);
   local.adapter_dir = o.adapter == "none" ? "" : o.adapter;
-#ifdef WINNOW_CLI_LOCAL
   return NewLocalGenerator(local);
-#else
-  return absl::UnimplementedError("--local is not in this build");
-#endif
 }
 
 v1::GenerateRequest MakeRequest(const Options& o, const Input& input, bool model_has_chat) {
@@ -201,19 +192,6 @@ std::vector<Result> RunAll(const Options& o, Generator* generator,
   return results;
 }
 
-// Writes beside `path` and renames, so that a failure leaves the old file.
-absl::Status WriteJson(const std::string& path, const std::vector<Result>& results) {
-  const std::string temporary = path + ".part";
-  std::ofstream out(temporary, std::ios::trunc);
-  for (const Result& result : results) out << JsonLine(result) << "\n";
-  out.close();
-  if (!out || std::rename(temporary.c_str(), path.c_str()) != 0) {
-    std::remove(temporary.c_str());
-    return absl::UnavailableError(absl::StrCat("cannot write ", path));
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 int RunGenerate(int argc, char** argv, int first) {
@@ -224,11 +202,11 @@ int RunGenerate(int argc, char** argv, int first) {
     return UsageError(wrong);
   }
   absl::StatusOr<std::vector<Input>> inputs = Inputs(options);
-  if (!inputs.ok()) return Fail(inputs.status());
+  if (!inputs.ok()) return PrintError(inputs.status());
   absl::StatusOr<std::unique_ptr<Generator>> generator = MakeGenerator(options);
-  if (!generator.ok()) return Fail(generator.status());
+  if (!generator.ok()) return PrintError(generator.status());
   absl::StatusOr<v1::GetModelInfoResponse> info = (*generator)->GetModelInfo();
-  if (!info.ok()) return Fail(info.status());
+  if (!info.ok()) return PrintError(info.status());
 
   const absl::Time start = absl::Now();
   const std::vector<Result> results = RunAll(options, generator->get(), *info, *inputs);
@@ -242,12 +220,16 @@ int RunGenerate(int argc, char** argv, int first) {
     }
   }
   if (!options.json.empty()) {
-    if (absl::Status status = WriteJson(options.json, results); !status.ok()) return Fail(status);
+    std::string lines;
+    for (const Result& result : results) absl::StrAppend(&lines, JsonLine(result), "\n");
+    if (absl::Status status = WriteFile(options.json, lines); !status.ok()) {
+      return PrintError(status);
+    }
   }
   if (options.stats) std::fprintf(stdout, "\n%s", StatsTable(results, wall_time).c_str());
   std::fflush(stdout);
   for (const Result& result : results) {
-    if (!result.status.ok()) return Fail(result.status);
+    if (!result.status.ok()) return PrintError(result.status);
   }
   return 0;
 }

@@ -16,6 +16,8 @@ struct Command {
 constexpr Command kCommands[] = {
     {"generate", "complete prompts, by a server or in this process", winnow::cli::RunGenerate},
     {"models", "list the models in the cache folder", winnow::cli::RunModels},
+    {"bench", "time the engine in this process", winnow::cli::RunBench},
+    {"eval", "score a text in several KV cache modes", winnow::cli::RunEval},
 };
 
 void PrintUsage(FILE* out) {

@@ -72,7 +72,7 @@ class LocalGenerator final : public Generator, private EventSink {
     info.set_kv_mode(options_.kv_mode);
     info.set_max_model_len(model_->max_model_len());
     info.set_vocab_size(model_->config().vocab_size);
-    for (int32_t id : model_->config().eos_token_ids) info.add_eos_token_ids(id);
+    for (int32_t id : model_->config().eos_ids) info.add_eos_token_ids(id);
     info.set_chat(model_->chat_template().supported());
     *info.mutable_default_sampling() = model_->DefaultSampling();
     return info;

@@ -21,6 +21,8 @@ class DataPlane {
   // Sender: the next message that carries bytes in the control stream; nullopt when
   // there is none (left).
   virtual std::optional<v1::Chunk> NextChunk() = 0;
+  // Sender: all bytes have been handed over.
+  virtual bool sent() const = 0;
 
   // Receiver: what arrives for this grant goes to `segment`. Called before the grant
   // is sent.

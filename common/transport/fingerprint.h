@@ -19,7 +19,8 @@ v1::LayoutFingerprint MakeFingerprint(const KvCacheOptions& cache, const std::st
                                       const std::string& compute_path);
 
 // FAILED_PRECONDITION that names the first field that differs, with both values.
-// compute_path is not compared: by the law of order it changes no bit.
+// compute_path is not compared: it moves last bits at most, and says how where tokens
+// differ.
 absl::Status CheckFingerprint(const v1::LayoutFingerprint& ours,
                               const v1::LayoutFingerprint& theirs);
 

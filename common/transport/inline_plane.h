@@ -18,6 +18,7 @@ class InlinePlane final : public DataPlane {
 
   void StartSend(const v1::Grant& grant, absl::Span<const uint8_t> segment) override;
   std::optional<v1::Chunk> NextChunk() override;
+  bool sent() const override { return offset_ == source_.size(); }
   void StartReceive(const v1::Grant& grant, absl::Span<uint8_t> segment) override;
   absl::Status OnChunk(const v1::Chunk& chunk) override;
   bool received() const override { return offset_ == destination_.size(); }

@@ -79,7 +79,7 @@ absl::Status TransferSender::OnGrant(const v1::Grant& grant) {
 std::optional<v1::Chunk> TransferSender::NextChunk() {
   if (stage_ != Stage::kSending) return std::nullopt;
   std::optional<v1::Chunk> chunk = plane_->NextChunk();
-  if (!chunk.has_value()) Enter(Stage::kAwaitingAck, deadlines_.ack);
+  if (plane_->sent()) Enter(Stage::kAwaitingAck, deadlines_.ack);
   return chunk;
 }
 

@@ -48,6 +48,9 @@ class Engine {
          EventSink* sink);
   ~Engine();
 
+  // What Add() would refuse a request for, whatever the queue holds.
+  absl::Status Validate(const Request& request) const;
+
   // Queues a request. On error no event follows.
   //   INVALID_ARGUMENT    empty prompt, or one that leaves no room for a token;
   //                       max_tokens < 1; bad sampling parameters.
@@ -67,10 +70,6 @@ class Engine {
   // them wait for memory that others (transfers) hold.
   bool Step();
 
-  // What an open request cost so far; nullopt for an unknown id. Nothing of it is held
-  // while it waits.
-  std::optional<KvUsage> Usage(uint64_t id) const;
-
   EngineStats stats() const;
   bool idle() const { return running_.empty() && waiting_.empty(); }
   // Pages that admission of anything else must leave free: one a span for each
@@ -81,7 +80,6 @@ class Engine {
   struct Sequence;
   using SequencePtr = std::unique_ptr<Sequence>;
 
-  absl::Status Validate(const Request& request) const;
   void AdmitWaiting();
   // Chooses the step's items and reserves their pages; preempts where it must.
   void Schedule();

@@ -67,7 +67,7 @@ FlagSet RouterFlags(RouterConfig* config) {
 }
 
 FlagSet WorkerFlags(const std::string& program, WorkerConfig* config) {
-  const bool decode = program == "winnow-decode";
+  const bool decode = program == "winnow-decode-worker";
   FlagSet flags(program + " [flags]",
                 decode ? "Decodes: takes over sequences from prefill workers, or prefills itself, "
                          "and streams their tokens to the router."

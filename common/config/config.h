@@ -51,7 +51,7 @@ struct WorkerConfig {
 
 // The flags that set `config`, whose values are the defaults.
 FlagSet RouterFlags(RouterConfig* config);
-// `program` is "winnow-prefill" or "winnow-decode".
+// `program` is "winnow-prefill-worker" or "winnow-decode-worker".
 FlagSet WorkerFlags(const std::string& program, WorkerConfig* config);
 
 }  // namespace winnow::config

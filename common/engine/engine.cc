@@ -137,6 +137,16 @@ void Engine::Cancel(uint64_t id) {
   if (found) sink_->OnFailed(id, absl::CancelledError("cancelled"));
 }
 
+std::optional<KvUsage> Engine::Usage(uint64_t id) const {
+  for (const SequencePtr& s : running_) {
+    if (s->request.id == id) return UsageOf(*s);
+  }
+  for (const SequencePtr& s : waiting_) {
+    if (s->request.id == id) return KvUsage{.peak_bytes = s->peak_bytes};
+  }
+  return std::nullopt;
+}
+
 int64_t Engine::ReservedPages() const {
   return cache_->StepReservePages(static_cast<int>(running_.size()));
 }

@@ -40,14 +40,15 @@ GemmPlan PlanGemm(const GemmParams& params, int num_threads) {
 
 }  // namespace
 
-PackedMatrix PackedMatrix::Pack(const Bf16* weights, int n, int k) {
+PackedMatrix PackedMatrix::Pack(const Bf16* weights, int n, int k, WeightArena* arena) {
   WINNOW_CHECK(weights != nullptr && n >= 1 && k >= 1);
   PackedMatrix packed;
   packed.n_ = n;
   packed.k_ = k;
   const size_t bytes = packed.bytes();
-  packed.data_.reset(static_cast<Bf16*>(std::aligned_alloc(64, bytes)));
-  WINNOW_CHECK(packed.data_ != nullptr);
+  void* memory = arena != nullptr ? arena->Allocate(bytes) : std::aligned_alloc(64, bytes);
+  WINNOW_CHECK(memory != nullptr);
+  packed.data_ = {static_cast<Bf16*>(memory), Free{.in_arena = arena != nullptr}};
   Bf16* out = packed.data_.get();
   const int num_pairs = NumPairs(packed);
   for (int block = 0; block < NumBlocks(packed); ++block) {
@@ -73,7 +74,9 @@ void PackedMatrix::Row(int row, float* out) const {
   for (int i = 0; i < k_; ++i) out[i] = ToFloat(in[i / 2 * (2 * kBlockRows) + i % 2]);
 }
 
-void PackedMatrix::Free::operator()(Bf16* p) const { std::free(p); }
+void PackedMatrix::Free::operator()(Bf16* p) const {
+  if (!in_arena) std::free(p);
+}
 
 absl::Status ValidateGemm(const GemmParams& params) {
   if (params.w == nullptr || params.w->data() == nullptr) {

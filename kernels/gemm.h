@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "common/base/bf16.h"
 #include "common/base/thread_pool.h"
+#include "kernels/cpu/weight_arena.h"
 
 namespace winnow::kernels {
 
@@ -18,8 +19,9 @@ namespace winnow::kernels {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  // `weights` is row-major [n, k] with n, k >= 1; it is not kept.
-  static PackedMatrix Pack(const Bf16* weights, int n, int k);
+  // `weights` is row-major [n, k] with n, k >= 1; it is not kept. With an arena the
+  // memory is the arena's, which must outlive the matrix.
+  static PackedMatrix Pack(const Bf16* weights, int n, int k, WeightArena* arena = nullptr);
 
   int n() const { return n_; }
   int k() const { return k_; }
@@ -32,6 +34,7 @@ class PackedMatrix {
 
  private:
   struct Free {
+    bool in_arena;  // the arena's: nothing to do
     void operator()(Bf16* p) const;
   };
   int n_ = 0, k_ = 0;

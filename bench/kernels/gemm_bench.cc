@@ -163,9 +163,10 @@ void RunRows(int m, double peak_gflops, double read_gbps, ThreadPool* pool) {
   for (const Shape& shape : kShapes) {
     if (m > 64 && shape.n > 10000) continue;  // logits of a whole prompt are never computed
     const std::vector<Bf16> w = RandomBf16(static_cast<size_t>(shape.n) * shape.k, 1);
+    WeightArena arena;
     std::vector<PackedMatrix> packed;
     for (int i = 0; i < shape.copies; ++i) {
-      packed.push_back(PackedMatrix::Pack(w.data(), shape.n, shape.k));
+      packed.push_back(PackedMatrix::Pack(w.data(), shape.n, shape.k, &arena));
     }
     const std::vector<Bf16> a = RandomBf16(static_cast<size_t>(m) * shape.k, 2);
     std::vector<float> out(static_cast<size_t>(m) * shape.n);

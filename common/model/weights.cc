@@ -82,13 +82,15 @@ void ConvertPart(const Part& part, int k, float lora_alpha, Bf16* out) {
   }
 }
 
-PackedMatrix PackParts(const std::vector<Part>& parts, int k, float lora_alpha) {
+PackedMatrix PackParts(const std::vector<Part>& parts, int k, float lora_alpha,
+                       kernels::WeightArena* arena) {
   int64_t rows = 0;
   for (const Part& part : parts) rows += part.view->dims[0];
   const TensorView& first = *parts[0].view;
   if (parts.size() == 1 && first.dtype == DType::kBf16 && parts[0].lora_a == nullptr &&
       reinterpret_cast<uintptr_t>(first.data) % alignof(Bf16) == 0) {
-    return PackedMatrix::Pack(reinterpret_cast<const Bf16*>(first.data), static_cast<int>(rows), k);
+    return PackedMatrix::Pack(reinterpret_cast<const Bf16*>(first.data), static_cast<int>(rows), k,
+                              arena);
   }
   const std::unique_ptr<Bf16[]> fused(new Bf16[static_cast<size_t>(rows * k)]);
   int64_t at = 0;
@@ -96,7 +98,7 @@ PackedMatrix PackParts(const std::vector<Part>& parts, int k, float lora_alpha) 
     ConvertPart(part, k, lora_alpha, fused.get() + at * k);
     at += part.view->dims[0];
   }
-  return PackedMatrix::Pack(fused.get(), static_cast<int>(rows), k);
+  return PackedMatrix::Pack(fused.get(), static_cast<int>(rows), k, arena);
 }
 
 // Finds and checks the tensors of one set of files, and remembers which were asked for.
@@ -162,6 +164,8 @@ class Loader {
 
   absl::Status Plan(Weights* weights) {
     const int vocab = config_.vocab_size;
+    weights->arena = std::make_unique<kernels::WeightArena>();
+    arena_ = weights->arena.get();
     WINNOW_RETURN_IF_ERROR(
         Matrix({"model.embed_tokens.weight"}, {vocab}, config_.hidden, &weights->embedding));
     if (!config_.tie_embeddings) {
@@ -252,8 +256,8 @@ class Loader {
       }
       parts.push_back(part);
     }
-    jobs_.push_back([parts = std::move(parts), k, out, alpha = lora_alpha_] {
-      *out = PackParts(parts, static_cast<int>(k), alpha);
+    jobs_.push_back([parts = std::move(parts), k, out, alpha = lora_alpha_, arena = arena_] {
+      *out = PackParts(parts, static_cast<int>(k), alpha, arena);
     });
     return absl::OkStatus();
   }
@@ -271,6 +275,7 @@ class Loader {
   }
 
   const ModelConfig& config_;
+  kernels::WeightArena* arena_ = nullptr;  // the weights'
   const float lora_alpha_;
   const bool needs_alpha_;
   Source model_;

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -10,6 +11,7 @@
 #include "common/dms/dms_config.h"
 #include "common/model/model_config.h"
 #include "common/tensor/safetensors.h"
+#include "kernels/cpu/weight_arena.h"
 #include "kernels/gemm.h"
 
 namespace winnow {
@@ -30,10 +32,11 @@ struct LayerWeights {
 };
 
 struct Weights {
-  kernels::PackedMatrix embedding;   // [vocab, hidden]
-  std::vector<LayerWeights> layers;  // [num_layers]
-  std::vector<float> final_norm;     // [hidden]
-  kernels::PackedMatrix lm_head;     // [vocab, hidden]; empty: tied to the embedding
+  std::unique_ptr<kernels::WeightArena> arena;  // the matrices' memory
+  kernels::PackedMatrix embedding;              // [vocab, hidden]
+  std::vector<LayerWeights> layers;             // [num_layers]
+  std::vector<float> final_norm;                // [hidden]
+  kernels::PackedMatrix lm_head;                // [vocab, hidden]; empty: tied to the embedding
 
   const kernels::PackedMatrix& output() const { return lm_head.n() > 0 ? lm_head : embedding; }
 };

@@ -247,6 +247,29 @@ TEST(GemmTest, PackedRowsComeBack) {
   }
 }
 
+TEST(GemmTest, PackedInAnArenaIsTheSame) {
+  constexpr int kM = 3, kN = 700, kK = 500;  // 0.7 MB: some fifty share a chunk
+  Case c(kM, kN, kK, /*bf16=*/true);
+  ThreadPool pool(2);
+  const std::vector<float> expected = c.Run(0, kM, &pool);
+  WeightArena arena;
+  std::vector<PackedMatrix> matrices;
+  for (int i = 0; i < 60; ++i) {  // more than one chunk
+    matrices.push_back(PackedMatrix::Pack(c.w.data(), kN, kK, &arena));
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(matrices.back().data()) % 64, 0u);
+  }
+  for (PackedMatrix& matrix : matrices) {
+    c.packed = std::move(matrix);
+    ASSERT_TRUE(BitEqual(c.Run(0, kM, &pool), expected, {kM, kN}));
+  }
+  // One larger than a chunk.
+  const std::vector<Bf16> big = Round(RandomFloats(20000 * 1000, 5));
+  const PackedMatrix packed = PackedMatrix::Pack(big.data(), 20000, 1000, &arena);
+  std::vector<float> row(1000);
+  packed.Row(19999, row.data());
+  for (int i = 0; i < 1000; ++i) ASSERT_EQ(row[i], ToFloat(big[19999 * 1000 + i]));
+}
+
 TEST(GemmTest, RefusesBadParamsByName) {
   const Case c(2, 3, 4, /*bf16=*/false);
   ThreadPool pool(1);

@@ -158,6 +158,12 @@ absl::Status KvReceiver::Advance(Claim* claim, const Room& room) {
 
 absl::Status KvReceiver::Unpack(Claim* claim) {
   while (!claim->received.empty()) {
+    if (!claim->cache.has_value()) {
+      // A layer without pages (a prompt of one token) comes without having asked for any.
+      absl::StatusOr<SequenceCache> cache = cache_->NewSequence();
+      if (!cache.ok()) return absl::OkStatus();  // comes when another ends
+      claim->cache.emplace(*std::move(cache));
+    }
     const TransferReceiver::Received& received = claim->received.front();
     absl::Status status = UnpackSegment(claim, received);
     // The engine was quicker to take pages: they come back, or the deadline ends it.

@@ -31,6 +31,15 @@ Cluster::Cluster(const ClusterOptions& options) : options_(options) {
       grpc::CreateChannel(router_address_, grpc::InsecureChannelCredentials()));
 }
 
+Cluster::~Cluster() {
+  if (!::testing::Test::HasFailure()) return;
+  for (const Process* process : {router_.get(), prefill_.get(), decode_.get()}) {
+    const std::string errors = process->Errors();
+    ADD_FAILURE() << "a process wrote:\n"
+                  << errors.substr(errors.size() - std::min<size_t>(errors.size(), 2000));
+  }
+}
+
 std::unique_ptr<Process> Cluster::StartWorker(const std::string& name, const std::string& listen,
                                               std::string* address) {
   std::vector<std::string> args = {absl::StrCat("--listen=", listen),

@@ -37,6 +37,8 @@ class Cluster {
  public:
   // Fails the running test if a process does not get ready.
   explicit Cluster(const ClusterOptions& options);
+  // Shows what the processes logged if the test has failed.
+  ~Cluster();
 
   Process& router() { return *router_; }
   Process& prefill() { return *prefill_; }

@@ -145,29 +145,35 @@ const DmsCase kLong = {.name = "long",
                        .head_dim = 64};
 
 TEST(DmsAttentionOrder, ChunksThreadsAndPagesChangeNoBit) {
+  struct Run {
+    int threads, chunk;
+    bool poison;  // and scrambled page ids
+  };
+  constexpr int kTokens = 700;
   for (const int window : {0, 100}) {
     for (const int shift : {0, 1}) {
       DmsCase c = kLong;
+      c.num_tokens = kTokens;
       c.window = window;
       c.shift = shift;
       const DmsInputs in(c);
       std::vector<float> want;
       std::vector<uint8_t> want_bytes;
-      for (const int threads : {1, 2, 3}) {
-        for (const int chunk : {c.num_tokens, 512, 64, 7}) {
-          ThreadPool pool(threads);
-          auto cache = MakeCache(c, 1, /*poison=*/chunk != c.num_tokens);
-          SequenceCache sequence = *cache->NewSequence();
-          const auto out = Prefill(in, 0, c.num_tokens, chunk, &pool, &sequence, *cache);
-          std::vector<uint8_t> bytes(sequence.ExportBytes(0));
-          sequence.Export(0, bytes.data());
-          if (want.empty()) {
-            want = out;
-            want_bytes = bytes;
-          }
-          EXPECT_EQ(out, want) << threads << " threads, chunk " << chunk;
-          EXPECT_EQ(bytes, want_bytes) << threads << " threads, chunk " << chunk;
+      for (const Run& run :
+           {Run{1, kTokens, false}, Run{1, kTokens, true}, Run{1, 512, true}, Run{2, 64, true},
+            Run{3, 64, true}, Run{1, 7, true}, Run{2, 1, true}}) {
+        ThreadPool pool(run.threads);
+        auto cache = MakeCache(c, 1, run.poison);
+        SequenceCache sequence = *cache->NewSequence();
+        const auto out = Prefill(in, 0, kTokens, run.chunk, &pool, &sequence, *cache);
+        std::vector<uint8_t> bytes(sequence.ExportBytes(0));
+        sequence.Export(0, bytes.data());
+        if (want.empty()) {
+          want = out;
+          want_bytes = bytes;
         }
+        EXPECT_EQ(out, want) << run.threads << " threads, chunk " << run.chunk;
+        EXPECT_EQ(bytes, want_bytes) << run.threads << " threads, chunk " << run.chunk;
       }
     }
   }

@@ -9,6 +9,6 @@ namespace winnow {
 
 // Aborts when `condition` is false, in every build. For our own invariants
 // only: nothing that arrives from a client, a peer or a file may reach one.
-#define WINNOW_CHECK(condition)                                                          \
-  (static_cast<bool>(condition) ? static_cast<void>(0)                                   \
+#define WINNOW_CHECK(condition)                        \
+  (static_cast<bool>(condition) ? static_cast<void>(0) \
                                 : ::winnow::CheckFailed(#condition, __FILE__, __LINE__))

@@ -6,6 +6,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/grpc_status.h"
+#include "common/worker/reason.h"
 
 namespace winnow::decode {
 namespace {
@@ -58,11 +60,15 @@ TransferContext DecodeLoop::MakeTransferContext(const WorkerBase& base) {
 
 absl::StatusOr<uint64_t> DecodeLoop::Submit(SequenceRequest request,
                                             std::shared_ptr<TokenSink> sink) {
-  if (draining_) return absl::UnavailableError("the worker is draining");
+  if (draining_) {
+    return WithReason(absl::UnavailableError("the worker is draining"), v1::ERROR_REASON_DRAINING);
+  }
   // Counted first, so that open_requests() never misses one.
   if (open_.fetch_add(1) >= options_.max_open) {
     --open_;
-    return absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " requests are open"));
+    return WithReason(
+        absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " requests are open")),
+        v1::ERROR_REASON_QUEUE_FULL, absl::Seconds(1));
   }
   auto open = std::make_unique<Open>();
   const uint64_t id = next_id_++;
@@ -126,14 +132,13 @@ void DecodeLoop::Start(OpenPtr open) {
   const uint64_t id = open->id;
   SequenceRequest& request = open->request;
   absl::Status status;
-  if (request.transfer_id.empty()) {
+  if (status = engine_->Validate(request.request); absl::IsResourceExhausted(status)) {
+    status = WithReason(status, v1::ERROR_REASON_KV_NEVER_FITS);
+  } else if (status.ok() && request.transfer_id.empty()) {
     status = engine_->Add(std::move(request.request));
-  } else {
-    status = engine_->Validate(request.request);
-    if (status.ok()) {
-      status = receiver_.Expect(id, request.transfer_id,
-                                static_cast<int>(request.request.prompt.size()));
-    }
+  } else if (status.ok()) {
+    status =
+        receiver_.Expect(id, request.transfer_id, static_cast<int>(request.request.prompt.size()));
   }
   open_requests_.emplace(id, std::move(open));
   if (!status.ok()) End(id, status);
@@ -158,7 +163,7 @@ void DecodeLoop::End(uint64_t id, const absl::Status& status) {
   --open_;
   LogLine(absl::IsCancelled(status) ? LogLevel::kInfo : LogLevel::kWarning, "request_failed",
           absl::StrCat(LogField("request_id", open->request.request_id),
-                       LogField("status", status.ToString())));
+                       LogField("status", StatusText(status))));
   open->sink->OnFailed(status);
 }
 
@@ -177,7 +182,13 @@ void DecodeLoop::OnFinished(uint64_t id, FinishReason reason, const KvUsage& usa
   open->sink->OnFinished(reason, usage, open->transferred_bytes);
 }
 
-void DecodeLoop::OnFailed(uint64_t id, absl::Status status) { End(id, status); }
+void DecodeLoop::OnFailed(uint64_t id, absl::Status status) {
+  // Alone, it did not fit.
+  if (absl::IsResourceExhausted(status)) {
+    status = WithReason(status, v1::ERROR_REASON_KV_NEVER_FITS);
+  }
+  End(id, status);
+}
 
 absl::Status DecodeLoop::OnArrived(uint64_t id, SequenceCache cache, int32_t first_token,
                                    uint64_t bytes) {

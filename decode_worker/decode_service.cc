@@ -11,6 +11,7 @@
 #include "common/rpc/grpc_status.h"
 #include "common/transport/manifest.h"
 #include "common/worker/proto_convert.h"
+#include "common/worker/reason.h"
 
 namespace winnow::decode {
 namespace {
@@ -59,7 +60,7 @@ class DecodeStream final : public grpc::ServerWriteReactor<v1::DecodeEvent>, pub
   }
   void OnFailed(absl::Status status) override {
     MutexLock lock(&mu_);
-    final_status_ = std::move(status);
+    final_status_ = WithDefaultReason(std::move(status));
     Pump();
   }
 

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
+#include "common/rpc/grpc_status.h"
 #include "kernels/kv_format.h"
 
 namespace winnow::decode {
@@ -140,7 +141,8 @@ void KvReceiver::Poll(const Room& room) {
 absl::Status KvReceiver::Advance(Claim* claim, const Room& room) {
   if (absl::Status status = claim->transfer->Check(); !status.ok()) {
     // To our caller a peer that is silent is a peer that is gone.
-    return absl::IsDeadlineExceeded(status) ? absl::UnavailableError(status.message()) : status;
+    if (!absl::IsDeadlineExceeded(status)) return status;
+    return WithReason(absl::UnavailableError(status.message()), v1::ERROR_REASON_TRANSFER_TIMEOUT);
   }
   if (const auto opening = claim->transfer->opening();
       opening.has_value() && opening->prompt_tokens != claim->prompt_tokens) {

@@ -8,6 +8,7 @@
 #include "common/base/log.h"
 #include "common/rpc/grpc_status.h"
 #include "common/transport/fingerprint.h"
+#include "common/worker/reason.h"
 
 namespace winnow::decode {
 namespace {
@@ -56,7 +57,7 @@ class KvTransferService::TransferStream final
   }
   void Finish(absl::Status status) override {
     MutexLock lock(&mu_);
-    if (!final_status_.has_value()) final_status_ = std::move(status);
+    if (!final_status_.has_value()) final_status_ = WithDefaultReason(std::move(status));
     Pump();
   }
 
@@ -128,9 +129,11 @@ grpc::ServerUnaryReactor* KvTransferService::PeerHello(grpc::CallbackServerConte
                                                        v1::PeerHelloResponse* response) {
   absl::Status status;
   if (hooks_.draining()) {
-    status = absl::UnavailableError("the worker is draining");
+    status =
+        WithReason(absl::UnavailableError("the worker is draining"), v1::ERROR_REASON_DRAINING);
   } else {
     status = CheckFingerprint(layout_, request->layout());
+    if (!status.ok()) status = WithReason(status, v1::ERROR_REASON_LAYOUT_MISMATCH);
   }
   if (status.ok()) {
     MutexLock lock(&mu_);
@@ -143,8 +146,9 @@ grpc::ServerUnaryReactor* KvTransferService::PeerHello(grpc::CallbackServerConte
     *response->mutable_layout() = layout_;
     response->set_incarnation(context_->incarnation);
   } else {
-    LogLine(LogLevel::kWarning, "hello_refused",
-            absl::StrCat(LogField("peer", context->peer()), LogField("status", status.ToString())));
+    LogLine(
+        LogLevel::kWarning, "hello_refused",
+        absl::StrCat(LogField("peer", context->peer()), LogField("status", StatusText(status))));
   }
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(status));

@@ -7,6 +7,7 @@
 #include "common/base/log.h"
 #include "common/rpc/grpc_status.h"
 #include "common/transport/fingerprint.h"
+#include "common/worker/reason.h"
 
 namespace winnow::prefill {
 
@@ -110,15 +111,19 @@ void KvSender::SendHello(const std::string& target,
 }
 
 void KvSender::OnHello(State* state, const HelloCall& call, absl::Status status) {
-  if (status.ok()) status = CheckFingerprint(call.layout, call.response.layout());
-  if (absl::IsDeadlineExceeded(status) || absl::IsUnavailable(status)) {
+  if (status.ok()) {
+    status = CheckFingerprint(call.layout, call.response.layout());
+    if (!status.ok()) status = WithReason(status, v1::ERROR_REASON_LAYOUT_MISMATCH);
+  }
+  const bool answered = ReasonOf(status) != v1::ERROR_REASON_UNSPECIFIED;
+  if (!answered && (absl::IsDeadlineExceeded(status) || absl::IsUnavailable(status))) {
     status = absl::UnavailableError(absl::StrCat(
         "decode worker ", call.target, " cannot be reached: ", std::string(status.message())));
   }
   const uint64_t incarnation = call.response.incarnation();
   LogLine(status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "peer_hello",
           absl::StrCat(LogField("target", call.target), LogField("incarnation", incarnation),
-                       LogField("status", status.ToString())));
+                       LogField("status", StatusText(status))));
   std::vector<Waiting> waiting;
   std::shared_ptr<v1::KvTransfer::Stub> stub;
   {

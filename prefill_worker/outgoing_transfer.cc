@@ -67,7 +67,8 @@ absl::Status OutgoingTransfer::Check() {
     if (status_.ok()) {
       if (absl::Status late = sender_.CheckDeadline(); !late.ok()) {
         // To our caller a peer that is silent is a peer that is gone.
-        never_began = FailLocked(absl::UnavailableError(late.message()));
+        never_began = FailLocked(
+            WithReason(absl::UnavailableError(late.message()), v1::ERROR_REASON_TRANSFER_TIMEOUT));
       }
     }
     status = status_;

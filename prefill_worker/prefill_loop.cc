@@ -7,6 +7,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/grpc_status.h"
+#include "common/worker/reason.h"
 
 namespace winnow::prefill {
 namespace {
@@ -53,11 +55,15 @@ void PrefillLoop::Stop() {
 
 absl::StatusOr<uint64_t> PrefillLoop::Submit(PromptRequest request,
                                              std::shared_ptr<PromptSink> sink) {
-  if (draining_) return absl::UnavailableError("the worker is draining");
+  if (draining_) {
+    return WithReason(absl::UnavailableError("the worker is draining"), v1::ERROR_REASON_DRAINING);
+  }
   // Counted first, so that open_requests() never misses one.
   if (open_.fetch_add(1) >= options_.max_open) {
     --open_;
-    return absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " prompts are open"));
+    return WithReason(
+        absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " prompts are open")),
+        v1::ERROR_REASON_QUEUE_FULL, absl::Seconds(1));
   }
   auto open = std::make_unique<Open>();
   const uint64_t id = next_id_++;
@@ -124,7 +130,11 @@ void PrefillLoop::StartPrompt(OpenPtr open) {
   const uint64_t id = open->id;
   const int prompt_tokens = static_cast<int>(request.request.prompt.size());
   const bool transfers = request.request.max_tokens > 1;
-  absl::Status status = engine_->Add(std::move(request.request));
+  absl::Status status = engine_->Validate(request.request);
+  if (absl::IsResourceExhausted(status)) {
+    status = WithReason(status, v1::ERROR_REASON_KV_NEVER_FITS);
+  }
+  if (status.ok()) status = engine_->Add(std::move(request.request));
   if (status.ok() && transfers) {
     open->transfer = sender_->Begin(request.transfer_id, prompt_tokens, request.decode_target,
                                     request.decode_incarnation);
@@ -155,7 +165,7 @@ void PrefillLoop::End(uint64_t id, const absl::Status& status) {
   engine_->Cancel(id);  // its OnFailed() finds nothing any more
   LogLine(absl::IsCancelled(status) ? LogLevel::kInfo : LogLevel::kWarning, "prompt_failed",
           absl::StrCat(LogField("request_id", open->request.request_id),
-                       LogField("status", status.ToString())));
+                       LogField("status", StatusText(status))));
   open->sink->OnFailed(status);
 }
 
@@ -243,7 +253,10 @@ void PrefillLoop::OnFinished(uint64_t id, FinishReason reason, const KvUsage& us
 }
 
 void PrefillLoop::OnFailed(uint64_t id, absl::Status status) {
-  // From within the engine, which has forgotten the prompt already.
+  // From within the engine, which has forgotten the prompt already. Alone, it did not fit:
+  if (absl::IsResourceExhausted(status)) {
+    status = WithReason(status, v1::ERROR_REASON_KV_NEVER_FITS);
+  }
   const OpenPtr open = Remove(id);
   if (open == nullptr) return;
   if (open->transfer != nullptr) open->transfer->Fail(status);

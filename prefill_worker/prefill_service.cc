@@ -13,6 +13,7 @@
 #include "common/rpc/grpc_status.h"
 #include "common/transport/manifest.h"
 #include "common/worker/proto_convert.h"
+#include "common/worker/reason.h"
 
 namespace winnow::prefill {
 namespace {
@@ -60,7 +61,7 @@ class PrefillStream final : public grpc::ServerWriteReactor<v1::PrefillEvent>, p
   }
   void OnFailed(absl::Status status) override {
     MutexLock lock(&mu_);
-    final_status_ = std::move(status);
+    final_status_ = WithDefaultReason(std::move(status));
     Pump();
   }
 

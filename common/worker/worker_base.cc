@@ -20,7 +20,6 @@
 namespace winnow {
 namespace {
 
-constexpr uint64_t kMaxSlotBytes = uint64_t{4} << 20;
 constexpr uint64_t kMaxSlots = 256;
 
 uint64_t DrawIncarnation() {
@@ -80,14 +79,16 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config) {
   return MakeWorkerBase(std::move(runtime));
 }
 
-absl::StatusOr<WorkerBase> MakeWorkerBase(std::unique_ptr<Runtime> runtime, size_t staging_bytes) {
+absl::StatusOr<WorkerBase> MakeWorkerBase(std::unique_ptr<Runtime> runtime,
+                                          const StagingOptions& staging) {
   WorkerBase base;
   const KvCacheOptions& cache = runtime->cache()->options();
   const int max_tokens = runtime->options().max_model_len;
   // A slot holds the largest layer whole where that is small.
-  const uint64_t slot_bytes = std::min(
-      LimitsOf(cache, max_tokens, /*slot_bytes=*/0).MaxLayerBytes(max_tokens), kMaxSlotBytes);
-  const uint64_t num_slots = std::clamp<uint64_t>(staging_bytes / slot_bytes, 2, kMaxSlots);
+  const uint64_t slot_bytes =
+      std::min(LimitsOf(cache, max_tokens, /*slot_bytes=*/0).MaxLayerBytes(max_tokens),
+               staging.max_slot_bytes);
+  const uint64_t num_slots = std::clamp<uint64_t>(staging.bytes / slot_bytes, 2, kMaxSlots);
   WINNOW_ASSIGN_OR_RETURN(base.ring, StagingRing::Create(static_cast<int>(num_slots), slot_bytes));
   base.limits = LimitsOf(cache, max_tokens, slot_bytes);
   const Model& model = runtime->model();

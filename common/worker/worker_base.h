@@ -29,9 +29,13 @@ struct WorkerBase {
 // Loads the model and allocates KV memory and staging; logs the budget.
 //   Errors as Runtime::Create(), StagingRing::Create().
 absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config);
-// The same over a runtime that is there. At most `staging_bytes`, at least two slots.
+// The same over a runtime that is there.
+struct StagingOptions {
+  uint64_t bytes = uint64_t{128} << 20;         // at most, beyond two slots
+  uint64_t max_slot_bytes = uint64_t{4} << 20;  // a larger layer goes in segments
+};
 absl::StatusOr<WorkerBase> MakeWorkerBase(std::unique_ptr<Runtime> runtime,
-                                          size_t staging_bytes = size_t{128} << 20);
+                                          const StagingOptions& staging = {});
 
 // Most requests that a worker holds at once.
 int MaxOpenRequests(const config::WorkerConfig& config);

@@ -113,6 +113,11 @@ class PdTest : public ::testing::Test {
     return outcome;
   }
 
+  // What the first leg to fail said; the other was cancelled then.
+  static absl::Status Refusal(const Outcome& outcome) {
+    return absl::IsCancelled(outcome.prefill) ? outcome.decode : outcome.prefill;
+  }
+
   std::vector<int32_t> Local(const Call& call) {
     auto runtime = Runtime::Create(options_);
     EXPECT_TRUE(runtime.ok()) << runtime.status();
@@ -296,26 +301,21 @@ TEST_F(PdTest, DeathOfTheDecodeWorkerFreesThePrefillWorker) {
 
 TEST_F(PdTest, DrainingWorkersRefuse) {
   DecodeWorker d(options_);
-  PrefillWorker p(options_);
-  p.loop.StartDraining();
-  const Outcome outcome = Run(&p, &d, {});
-  EXPECT_EQ(outcome.prefill.code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(ReasonOf(outcome.prefill), v1::ERROR_REASON_DRAINING);
+  PrefillWorker p(options_), draining(options_);
+  draining.loop.StartDraining();
+  EXPECT_EQ(ReasonOf(Refusal(Run(&draining, &d, {}))), v1::ERROR_REASON_DRAINING);
+  EXPECT_TRUE(Run(&p, &d, {}).decode.ok());
   d.loop.StartDraining();
-  EXPECT_EQ(ReasonOf(Run(&p, &d, {}).decode), v1::ERROR_REASON_DRAINING);
+  EXPECT_EQ(ReasonOf(Refusal(Run(&p, &d, {}))), v1::ERROR_REASON_DRAINING);
 }
 
 TEST_F(PdTest, BadRequestsNameTheirField) {
   DecodeWorker d(options_);
   PrefillWorker p(options_);
-  // Both legs say so, and the first to fail cancels the other.
-  const auto refusal = [](const Outcome& outcome) {
-    return absl::IsCancelled(outcome.prefill) ? outcome.decode : outcome.prefill;
-  };
-  const absl::Status vocabulary = refusal(Run(&p, &d, {.prompt = {5, 100000}}));
+  const absl::Status vocabulary = Refusal(Run(&p, &d, {.prompt = {5, 100000}}));
   EXPECT_EQ(vocabulary.code(), absl::StatusCode::kInvalidArgument) << vocabulary;
   EXPECT_THAT(std::string(vocabulary.message()), HasSubstr("100000"));
-  const absl::Status tokens = refusal(Run(&p, &d, {.max_tokens = 0}));
+  const absl::Status tokens = Refusal(Run(&p, &d, {.max_tokens = 0}));
   EXPECT_THAT(std::string(tokens.message()), HasSubstr("max_tokens=0"));
   const Outcome target = Run(&p, &d, {.target = "nonsense"});
   EXPECT_THAT(std::string(target.prefill.message()), HasSubstr("decode_target"));

@@ -3,6 +3,7 @@
 #include <grpcpp/client_context.h>
 #include <grpcpp/support/client_callback.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -30,9 +31,11 @@ class WorkerRegistry::Watcher : public std::enable_shared_from_this<Watcher> {
 
   const std::string& target() const { return target_; }
 
-  // Opens the stream if there is none, ends one that is silent.
-  void Tick(absl::Time now) {
+  // Opens the stream if there is none, ends one that is silent. `asleep` is how long this
+  // process did not run since the last tick: that silence is not the worker's.
+  void Tick(absl::Time now, absl::Duration asleep) {
     MutexLock lock(&mu_);
+    heard_ += asleep;
     if (stream_ == nullptr) {
       if (!stopping_ && now - ended_ >= kReconnectAfter) Open(now);
     } else if (now - heard_ > kSilence) {
@@ -54,9 +57,9 @@ class WorkerRegistry::Watcher : public std::enable_shared_from_this<Watcher> {
   }
 
   // Appends what is known of the worker, if it can take requests.
-  void AppendIfAlive(absl::Time now, std::vector<Candidate>* out) const {
+  void AppendIfAlive(std::vector<Candidate>* out) const {
     MutexLock lock(&mu_);
-    if (!fresh_ || now - heard_ > kSilence || candidate_.load.draining()) return;
+    if (!alive_ || candidate_.load.draining()) return;
     out->push_back(candidate_);
     out->back().target = target_;
   }
@@ -158,7 +161,7 @@ class WorkerRegistry::Watcher : public std::enable_shared_from_this<Watcher> {
   absl::Time heard_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();  // last snapshot, or opening
   absl::Time ended_ ABSL_GUARDED_BY(mu_) = absl::InfinitePast();
   bool fresh_ ABSL_GUARDED_BY(mu_) = false;  // the present stream has sent a snapshot
-  bool alive_ ABSL_GUARDED_BY(mu_) = false;  // as logged and shown
+  bool alive_ ABSL_GUARDED_BY(mu_) = false;  // fresh_, and heard of lately
   bool opened_once_ ABSL_GUARDED_BY(mu_) = false;
   bool wrong_role_ ABSL_GUARDED_BY(mu_) = false;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
@@ -192,19 +195,21 @@ WorkerRegistry::~WorkerRegistry() {
 
 void WorkerRegistry::Run() {
   MutexLock lock(&mu_);
+  absl::Time last = absl::Now();
   while (!stop_) {
     const absl::Time now = absl::Now();
-    for (const auto& watcher : prefill_) watcher->Tick(now);
-    for (const auto& watcher : decode_) watcher->Tick(now);
+    const absl::Duration asleep = std::max(absl::ZeroDuration(), now - last - kReconnectAfter);
+    last = now;
+    for (const auto& watcher : prefill_) watcher->Tick(now, asleep);
+    for (const auto& watcher : decode_) watcher->Tick(now, asleep);
     stop_cv_.WaitFor(&mu_, absl::Milliseconds(50));
   }
 }
 
 std::vector<Candidate> WorkerRegistry::Alive(
     const std::vector<std::shared_ptr<Watcher>>& watchers) const {
-  const absl::Time now = absl::Now();
   std::vector<Candidate> out;
-  for (const auto& watcher : watchers) watcher->AppendIfAlive(now, &out);
+  for (const auto& watcher : watchers) watcher->AppendIfAlive(&out);
   return out;
 }
 

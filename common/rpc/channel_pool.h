@@ -24,7 +24,7 @@ grpc::ChannelArguments WorkerChannelArguments();
 // Time between pings, and how long an answer may take before the peer counts as gone and
 // its calls end UNAVAILABLE.
 inline constexpr int kKeepaliveTimeMs = 1000;
-inline constexpr int kKeepaliveTimeoutMs = 2000;
+inline constexpr int kKeepaliveTimeoutMs = 3000;
 
 // One plaintext channel a peer, made on first use. Thread-safe.
 class ChannelPool {

@@ -203,6 +203,8 @@ TEST_F(SessionTest, TokensThatOvertakeTheFirstWait) {
 
 TEST_F(SessionTest, FirstTokenMayEndIt) {
   prefill_.SetPrefill([this](auto*, const auto&, auto* writer) {
+    // The call must have arrived there, else nobody sees it cancelled.
+    while (decode_.decode_requests().empty()) absl::SleepFor(absl::Milliseconds(1));
     writer->Write(FirstToken(hello_[0], v1::FINISH_REASON_LENGTH));
     return grpc::Status::OK;
   });

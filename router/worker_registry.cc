@@ -35,7 +35,7 @@ class WorkerRegistry::Watcher : public std::enable_shared_from_this<Watcher> {
   // process did not run since the last tick: that silence is not the worker's.
   void Tick(absl::Time now, absl::Duration asleep) {
     MutexLock lock(&mu_);
-    heard_ += asleep;
+    heard_ = std::min(heard_ + asleep, now);
     if (stream_ == nullptr) {
       if (!stopping_ && now - ended_ >= kReconnectAfter) Open(now);
     } else if (now - heard_ > kSilence) {

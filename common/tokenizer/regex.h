@@ -16,7 +16,8 @@ struct pcre2_real_jit_stack_8;
 namespace winnow {
 
 // A pattern of tokenizer.json, which is written for Oniguruma, run by PCRE2: UTF-8 with
-// Unicode properties, \s exactly White_Space, ^ and $ at every line. Thread-safe: const
+// Unicode properties, \s exactly White_Space, ^ and $ at every line. Characters
+// newer than Unicode 14 are in no category (PCRE2 10.42). Thread-safe: const
 // once compiled.
 class Regex {
  public:

@@ -340,9 +340,6 @@ absl::Status ReadConfig(const Json& config, TokenizerSpec* spec) {
   if (!spec->bos_id) spec->bos_id = bos;
   if (!spec->eos_id) spec->eos_id = eos;
   WINNOW_ASSIGN_OR_RETURN(spec->add_bos, BoolOr(config, "", "add_bos_token", spec->add_bos));
-  if (spec->add_bos && !spec->bos_id) {
-    return absl::InvalidArgumentError("add_bos_token=true, but there is no bos_token");
-  }
   WINNOW_ASSIGN_OR_RETURN(const bool add_eos, BoolOr(config, "", "add_eos_token", false));
   if (add_eos) return Unbuilt("add_eos_token", "an end token after the prompt");
   return absl::OkStatus();
@@ -373,6 +370,10 @@ absl::StatusOr<TokenizerSpec> ReadTokenizerSpec(const std::string& model_dir) {
       return absl::InvalidArgumentError(absl::StrCat(model_dir, name, ": it is not an object"));
     }
     WINNOW_RETURN_IF_ERROR(InFile(model_dir + name, ReadConfig(*config, &spec)));
+  }
+  if (spec.add_bos && !spec.bos_id) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        model_dir, "/tokenizer_config.json: add_bos_token=true, but there is no bos_token"));
   }
   return spec;
 }

@@ -264,10 +264,14 @@ TEST_F(BosTest, ConfigDecidesWhereItSpeaks) {
 
 TEST_F(BosTest, SpecialTokensMapFillsIn) {
   dir_.Write("special_tokens_map.json", R"({"bos_token": "</s>", "eos_token": "</s>"})");
-  const auto tokenizer = Load({{"bos_token", "<s>"}, {"eos_token", nullptr}});
+  auto tokenizer = Load({{"bos_token", "<s>"}, {"eos_token", nullptr}});
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
   EXPECT_EQ((*tokenizer)->bos_id(), 300);
   EXPECT_EQ((*tokenizer)->eos_id(), 301);
+  tokenizer = Load({{"add_bos_token", true}});
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  EXPECT_TRUE((*tokenizer)->add_bos());
+  EXPECT_EQ((*tokenizer)->bos_id(), 301);
 }
 
 TEST_F(BosTest, BadConfigsAreNamed) {

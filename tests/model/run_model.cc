@@ -46,23 +46,35 @@ SequenceCache Runner::NewSequence() {
   return *std::move(sequence);
 }
 
-std::vector<float> Runner::Logits(SequenceCache* sequence, absl::Span<const int32_t> tokens,
-                                  int chunk) {
+std::vector<float> Runner::LastLogits(SequenceCache* sequence, absl::Span<const int32_t> tokens,
+                                      int chunk, int count) {
   const size_t width = static_cast<size_t>(vocab());
-  std::vector<float> logits(tokens.size() * width);
+  const size_t first_wanted = tokens.size() - static_cast<size_t>(count);
+  std::vector<float> wanted;
+  std::vector<float> rows(static_cast<size_t>(chunk) * width);
   for (size_t begin = 0; begin < tokens.size(); begin += static_cast<size_t>(chunk)) {
     const absl::Span<const int32_t> piece = tokens.subspan(begin, static_cast<size_t>(chunk));
+    const size_t end = begin + piece.size();
     const absl::Status begun = sequence->BeginStep(static_cast<int>(piece.size()));
     EXPECT_TRUE(begun.ok()) << begun;
     const Transformer::Item item{.cache = sequence,
                                  .tokens = piece,
-                                 .logits = logits.data() + begin * width,
+                                 .logits = end > first_wanted ? rows.data() : nullptr,
                                  .all_logits = true};
     const absl::Status status = transformer_->Forward({&item, 1});
     EXPECT_TRUE(status.ok()) << status;
     if (!status.ok()) break;
+    if (end <= first_wanted) continue;
+    const size_t skip = first_wanted > begin ? first_wanted - begin : 0;
+    wanted.insert(wanted.end(), rows.begin() + static_cast<int64_t>(skip * width),
+                  rows.begin() + static_cast<int64_t>(piece.size() * width));
   }
-  return logits;
+  return wanted;
+}
+
+std::vector<float> Runner::Logits(SequenceCache* sequence, absl::Span<const int32_t> tokens,
+                                  int chunk) {
+  return LastLogits(sequence, tokens, chunk, static_cast<int>(tokens.size()));
 }
 
 std::vector<float> Runner::Logits(absl::Span<const int32_t> tokens, int chunk) {

@@ -34,7 +34,10 @@ class Runner {
 
   // Feeds `tokens` in chunks and returns the logits of all of them, [num_tokens, vocab].
   std::vector<float> Logits(SequenceCache* sequence, absl::Span<const int32_t> tokens, int chunk);
-  // The same for a fresh sequence.
+  // The same, of the last `count` tokens alone: chunks before those compute none.
+  std::vector<float> LastLogits(SequenceCache* sequence, absl::Span<const int32_t> tokens,
+                                int chunk, int count);
+  // Of all tokens, for a fresh sequence.
   std::vector<float> Logits(absl::Span<const int32_t> tokens, int chunk);
 
   SequenceCache NewSequence();

@@ -2,10 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <ostream>
 
+#include "common/base/bf16.h"
+#include "common/tensor/safetensors.h"
 #include "tests/model/run_model.h"
 #include "tests/testing/temp_dir.h"
 #include "tests/testing/tiny_model.h"
@@ -145,6 +149,151 @@ TEST_P(LawOfOrder, DmsModesEvictAboutHalf) {
 
 INSTANTIATE_TEST_SUITE_P(Modes, LawOfOrder, ::testing::ValuesIn(kOrderCases),
                          [](const auto& c) { return c.param.name; });
+
+// A tiny model with a cache, for what is not about bits.
+class TransformerTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    WriteTinyModel(dir_.path(), {.max_positions = 64});
+    model_ = MustLoad(dir_.path());
+    ASSERT_NE(model_, nullptr);
+    run_ = std::make_unique<Runner>(model_.get(), RunOptions{.max_tokens = 8});
+  }
+
+  absl::Status Forward(SequenceCache* sequence, const std::vector<int32_t>& tokens) {
+    const absl::Status begun = sequence->BeginStep(static_cast<int>(tokens.size()));
+    EXPECT_TRUE(begun.ok() || tokens.empty()) << begun;
+    const Transformer::Item item{.cache = sequence, .tokens = tokens};
+    return run_->transformer()->Forward({&item, 1});
+  }
+
+  TempDir dir_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<Runner> run_;
+};
+
+TEST_F(TransformerTest, RefusesBadItems) {
+  SequenceCache sequence = run_->NewSequence();
+  const absl::StatusCode invalid = absl::StatusCode::kInvalidArgument;
+  const Transformer::Item empty{.cache = &sequence};
+  EXPECT_EQ(run_->transformer()->Forward({&empty, 1}).code(), invalid);
+  EXPECT_EQ(Forward(&sequence, {259}).code(), invalid);
+  EXPECT_EQ(Forward(&sequence, {-1}).code(), invalid);
+  EXPECT_EQ(Forward(&sequence, {1, 2, 3, 4, 5, 6, 7, 8, 9}).code(), invalid);
+  EXPECT_EQ(sequence.length(), 0);
+  for (int i = 0; i < 8; ++i) ASSERT_TRUE(Forward(&sequence, {1, 2, 3, 4, 5, 6, 7, 8}).ok());
+  EXPECT_EQ(sequence.length(), 64);
+  EXPECT_EQ(Forward(&sequence, {1}).code(), invalid);  // past max_position_embeddings
+  EXPECT_TRUE(run_->transformer()->Forward({}).ok());
+}
+
+TEST_F(TransformerTest, LayerDoneFollowsEachLayersAppend) {
+  SequenceCache prefill = run_->NewSequence(), decode = run_->NewSequence();
+  const std::vector<int32_t> chunk = {5, 6, 7}, one = {8};
+  ASSERT_TRUE(prefill.BeginStep(3).ok());
+  ASSERT_TRUE(decode.BeginStep(1).ok());
+  const Transformer::Item items[] = {{.cache = &prefill, .tokens = chunk},
+                                     {.cache = &decode, .tokens = one}};
+  int calls = 0;
+  const absl::Status status = run_->transformer()->Forward(items, [&](int layer) {
+    EXPECT_EQ(layer, calls++);
+    EXPECT_EQ(prefill.length(layer), 3);
+    EXPECT_EQ(decode.length(layer), 1);
+    if (layer == 0) {
+      EXPECT_EQ(prefill.length(1), 0);
+    }
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(calls, 2);
+}
+
+// A BF16 or F32 tensor's values.
+std::vector<float> Floats(const TensorView& view) {
+  std::vector<float> values;
+  for (size_t i = 0; i < view.bytes; i += DTypeBytes(view.dtype)) {
+    float value = 0.0f;
+    if (view.dtype == DType::kBf16) {
+      Bf16 bits;
+      std::memcpy(&bits, view.data + i, sizeof(bits));
+      value = ToFloat(bits);
+    } else {
+      std::memcpy(&value, view.data + i, sizeof(value));
+    }
+    values.push_back(value);
+  }
+  return values;
+}
+
+TEST(Adapter, LowRankUpdatesAreAddedToTheWeights) {
+  const TempDir plain, adapter;
+  const TinyModelOptions tiny{.num_layers = 1};
+  WriteTinyModel(plain.path(), tiny);
+  WriteTinyAdapter(adapter.path(), tiny, {.lora_rank = 2});
+  const auto with_adapter = MustLoad(plain.path(), adapter.path());
+  const auto without = MustLoad(plain.path());
+  ASSERT_TRUE(with_adapter != nullptr && without != nullptr);
+  const auto model = TensorFiles::OpenModel(plain.path());
+  const auto update = TensorFiles::OpenFile(adapter.File("dms_adapter.safetensors"));
+  ASSERT_TRUE(model.ok() && update.ok());
+  const std::string stem = "model.layers.0.self_attn.";
+  // The fused matrix holds q (64 rows), k (32), v (32).
+  const struct {
+    const char* name;
+    int first, rows;
+    bool fused;
+  } parts[] = {{"q", 0, 64, true}, {"k", 64, 32, true}, {"v", 96, 32, true}, {"o", 0, 64, false}};
+  for (const auto& part : parts) {
+    const std::string name = stem + part.name + "_proj.";
+    const std::vector<float> w = Floats(*(*model)->Find(name + "weight"));
+    const std::vector<float> a = Floats(*(*update)->Find(name + "lora_A"));
+    const std::vector<float> b = Floats(*(*update)->Find(name + "lora_B"));
+    const LayerWeights& layer = with_adapter->weights().layers[0];
+    const LayerWeights& before = without->weights().layers[0];
+    int changed = 0;
+    for (int n = 0; n < part.rows; ++n) {
+      std::vector<float> row(64), old_row(64);
+      (part.fused ? layer.qkv : layer.o).Row(part.first + n, row.data());
+      (part.fused ? before.qkv : before.o).Row(part.first + n, old_row.data());
+      for (int i = 0; i < 64; ++i) {
+        const size_t at = static_cast<size_t>(n * 64 + i);
+        EXPECT_EQ(old_row[static_cast<size_t>(i)], w[at]);
+        // lora_alpha / rank is 2.
+        const double sum =
+            w[at] + 2.0 * (b[static_cast<size_t>(2 * n)] * a[static_cast<size_t>(i)] +
+                           b[static_cast<size_t>(2 * n + 1)] * a[static_cast<size_t>(64 + i)]);
+        EXPECT_NEAR(row[static_cast<size_t>(i)], sum, std::abs(sum) / 256 + 1e-6);
+        changed += row[static_cast<size_t>(i)] != old_row[static_cast<size_t>(i)] ? 1 : 0;
+      }
+    }
+    EXPECT_GT(changed, part.rows * 32) << part.name;
+  }
+}
+
+// A borrowed channel is zeroed in dense modes too: as if its row of q_proj were zero.
+TEST(BorrowedChannel, IsZeroWhateverTheMode) {
+  const TempDir borrowed_dir, zeroed_dir;
+  const TinyModelOptions tiny{.borrowed_dms = true};
+  WriteTinyModel(borrowed_dir.path(), tiny);
+  WriteTinyModel(zeroed_dir.path());  // for the other files
+  const auto files = TensorFiles::OpenModel(borrowed_dir.path());
+  ASSERT_TRUE(files.ok()) << files.status();
+  std::vector<NamedTensor> tensors;
+  for (const auto& [name, view] : (*files)->tensors()) {
+    tensors.push_back({.name = name, .dims = view.dims, .values = Floats(view)});
+    if (name.find("q_proj") == std::string::npos) continue;
+    // Two query heads a KV head: the last channel of heads 0 and 2.
+    for (const int row : {15, 2 * 16 + 15}) {
+      std::fill_n(tensors.back().values.begin() + row * tiny.hidden, tiny.hidden, 0.0f);
+    }
+  }
+  WriteSafetensors(zeroed_dir.File("model.safetensors"), tensors);
+  const auto borrowed = MustLoad(borrowed_dir.path()), zeroed = MustLoad(zeroed_dir.path());
+  ASSERT_TRUE(borrowed != nullptr && zeroed != nullptr);
+  ASSERT_TRUE(borrowed->dms().has_value() && !zeroed->dms().has_value());
+  Runner a(borrowed.get(), {.kv_mode = "dense-bf16"}), b(zeroed.get(), {.kv_mode = "dense-bf16"});
+  const std::vector<int32_t> tokens = RandomTokens(40, a.vocab(), 9);
+  EXPECT_TRUE(a.Logits(tokens, 16) == b.Logits(tokens, 16));
+}
 
 }  // namespace
 }  // namespace winnow::testing

@@ -5,7 +5,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from winnow_training.gate import Schedule
+from winnow_training.gate import LOGIT_OFFSET, Schedule
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class TrainConfig:
   lr_heads: float = 1e-4
   lr_lora: float = 4e-4
   clip: float = 1.0
+  offset: float = LOGIT_OFFSET    # written into the metadata; above the trained offset it keeps more tokens
   seed: int = 1
   checkpoint_s: float = 60.0
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from winnow_training.adapter import read_adapter
+from winnow_training.gate import LOGIT_OFFSET
 from winnow_training.model import Gate, Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,7 +102,7 @@ def main() -> None:
   parser.add_argument("--windows", type=int, default=6)
   parser.add_argument("--skip", type=int, default=0, help="tokens left out at the start of the text")
   parser.add_argument("--threshold", type=float, nargs="*", default=[0.0],
-                      help="decision thresholds: evict iff logit > threshold (higher keeps more)")
+                      help="decision thresholds beside the adapter's offset: evict iff logit > threshold (higher keeps more)")
   parser.add_argument("--dtype", choices=DTYPES, default="float32")
   parser.add_argument("--json", type=Path)
   parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +123,8 @@ def main() -> None:
 
   window = metadata["dms_window_size"]
   modes: dict[str, Gate | None] = {"dense-f32cache": None}
-  modes |= {f"dms@{t:+g}": Gate(window, shift=-t) for t in args.threshold}
+  shift = LOGIT_OFFSET - metadata["dms_initial_alpha_offset"]
+  modes |= {f"dms@{t:+g}": Gate(window, shift=shift - t) for t in args.threshold}
   cache = {m: None if m == "dense-f32cache" else torch.bfloat16 for m in modes}
   totals = evaluate(base, student, windows, modes, cache)
   result = {"text": args.text.name, "context": args.context, "windows": count, "dtype": args.dtype,

@@ -192,7 +192,7 @@ def main() -> None:
     print(f"paused at step {trainer.step} of {config.steps}: run the same command to go on")
     return
   save_adapter(args.out, model.adapter_state(), config.base, config.window, config.schedule.final_ratio,
-               config.lora_rank, config.lora_alpha)
+               config.lora_rank, config.lora_alpha, config.offset)
   print(f"wrote the adapter to {args.out}")
 
 

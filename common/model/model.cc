@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kMaxMetadataBytes = size_t{16} << 20;
 
-// Names the key behind `key` in an adapter's dms_metadata.json, 0 if it has none.
+// lora_alpha of an adapter's dms_metadata.json; 0 if it has none.
 absl::StatusOr<float> ReadLoraAlpha(const std::string& adapter_dir) {
   const std::string path = absl::StrCat(adapter_dir, "/dms_metadata.json");
   WINNOW_ASSIGN_OR_RETURN(const std::string text, ReadSmallFile(path, kMaxMetadataBytes));

@@ -305,11 +305,20 @@ TEST_P(SessionFailureTest, EndsBothLegs) {
   const FailureCase& c = GetParam();
   prefill_.SetPrefill([&](auto* context, const auto&, auto* writer) {
     if (c.after_first_token || !c.prefill_fails) writer->Write(FirstToken(hello_[0]));
-    if (c.prefill_fails) return grpc::Status(c.code, "scripted");
+    if (c.prefill_fails) {
+      for (int i = 0; i < 500 && decode_.decode_requests().empty(); ++i) {
+        absl::SleepFor(absl::Milliseconds(10));
+      }
+      return grpc::Status(c.code, "scripted");
+    }
     return prefill_.WaitCancelled(context);
   });
   decode_.SetDecode([&](auto* context, const auto&, auto* writer) {
     if (c.prefill_fails) return decode_.WaitCancelled(context);
+    // A leg that is cancelled before it was sent never reaches its worker.
+    for (int i = 0; i < 500 && prefill_.prefill_requests().empty(); ++i) {
+      absl::SleepFor(absl::Milliseconds(10));
+    }
     if (c.after_first_token) {
       writer->Write(Tokens(1, {hello_[1]}));
       absl::SleepFor(absl::Milliseconds(100));

@@ -26,18 +26,18 @@ absl::Status Unbuilt(const std::string& path, const std::string& what) {
 absl::Status ReadVocab(const Json& model, TokenizerSpec* spec) {
   WINNOW_ASSIGN_OR_RETURN(const Json* vocab, RequiredObject(model, "model", "vocab"));
   std::vector<const std::string*> by_id;
-  for (const auto& [token, id] : vocab->items()) {
+  for (const auto& [token, id] : vocab->get_ref<const Json::object_t&>()) {
     WINNOW_ASSIGN_OR_RETURN(
         const int64_t value,
         AsInteger(id, absl::StrCat("model.vocab[", Quote(token), "]"), 0, int64_t{kMaxVocab} - 1));
-    const auto [it, inserted] = spec->vocab.emplace(token, static_cast<int32_t>(value));
+    spec->vocab.emplace(token, static_cast<int32_t>(value));
     const auto index = static_cast<size_t>(value);
     if (index >= by_id.size()) by_id.resize(index + 1);
     if (by_id[index] != nullptr) {
       return absl::InvalidArgumentError(absl::StrCat("model.vocab: ", Quote(*by_id[index]), " and ",
                                                      Quote(token), " have the same id ", value));
     }
-    by_id[index] = &it->first;
+    by_id[index] = &token;  // the JSON's own string: spec->vocab moves its keys as it grows
   }
   if (by_id.empty()) return absl::InvalidArgumentError("model.vocab is empty");
   spec->vocab_size = static_cast<int>(by_id.size());

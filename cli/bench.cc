@@ -13,6 +13,7 @@
 #include "common/base/status_macros.h"
 #include "common/config/config.h"
 #include "common/config/flags.h"
+#include "common/kv/kv_mode.h"
 
 namespace winnow::cli {
 namespace {
@@ -46,8 +47,9 @@ int RunBench(int argc, char** argv, int first) {
                         "Times prefill and decode in one process, without network.");
   flags.AddString("model", &model, "model directory in Hugging Face layout, or 'default'");
   flags.AddString("adapter", &adapter, "DMS adapter directory for the dms- modes, or 'none'");
-  flags.AddChoice("kv-mode", &options.runtime.kv_mode,
-                  {"dense-bf16", "dense-fp8", "dms-bf16", "dms-fp8"}, "KV cache mode");
+  flags.AddChoice("kv-mode", &options.runtime.kv_mode, KvModeNames(), "KV cache mode");
+  flags.AddChoice("kv-format", &options.runtime.kv_format, KvFormatNames(),
+                  "takes the place of the format in --kv-mode");
   flags.AddBytes("kv-budget", &budget, "KV memory, allocated at start");
   flags.AddString("prompts", &prompts, "comma list of prompt lengths to prefill, tokens");
   flags.AddString("depths", &depths, "comma list of cache depths to decode at, tokens");
@@ -78,7 +80,7 @@ int RunBench(int argc, char** argv, int first) {
   const absl::StatusOr<nlohmann::ordered_json> result = run();
   if (!result.ok()) return PrintError(result.status());
   std::printf("%s, %s, %d threads, CPU path %s\n%s", options.runtime.model_dir.c_str(),
-              options.runtime.kv_mode.c_str(), options.runtime.threads,
+              (*result)["kv_mode"].get<std::string>().c_str(), options.runtime.threads,
               (*result)["cpu_path"].get<std::string>().c_str(), BenchTable(*result).c_str());
   return WriteJson(json, *result);
 }

@@ -155,7 +155,7 @@ absl::StatusOr<nlohmann::ordered_json> BenchEngine(const BenchOptions& options) 
   Bench bench(options, runtime.get());
   nlohmann::ordered_json result;
   result["model"] = options.runtime.model_dir;
-  result["kv_mode"] = options.runtime.kv_mode;
+  result["kv_mode"] = KvModeName(runtime->kv_mode());
   result["threads"] = options.runtime.threads;
   result["prefill_chunk"] = runtime->options().prefill_chunk;
   result["cpu_path"] = kernels::GemmPathName();

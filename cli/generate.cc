@@ -19,6 +19,7 @@
 #include "cli/results.h"
 #include "common/base/status_macros.h"
 #include "common/config/config.h"
+#include "common/kv/kv_mode.h"
 #include "common/rpc/grpc_status.h"
 
 namespace winnow::cli {
@@ -79,8 +80,10 @@ config::FlagSet Flags(Options* o) {
   flags.AddDuration("timeout", &o->timeout, "Deadline of each request.");
   flags.AddString("model", &o->model, "With --local: model directory, or default.");
   flags.AddString("adapter", &o->adapter, "With --local: directory of a DMS adapter, or none.");
-  flags.AddChoice("kv-mode", &o->engine.kv_mode, {"dms-fp8", "dms-bf16", "dense-fp8", "dense-bf16"},
+  flags.AddChoice("kv-mode", &o->engine.kv_mode, KvModeNames(),
                   "With --local: how keys and values are kept.");
+  flags.AddChoice("kv-format", &o->engine.kv_format, KvFormatNames(),
+                  "With --local: takes the place of the format in --kv-mode.");
   flags.AddBytes("kv-budget", &o->engine.kv_budget_bytes,
                  "With --local: memory of the KV cache, e.g. 512MiB.");
   flags.AddInt("prefill-chunk", &o->engine.prefill_chunk, 1, 65536,

@@ -69,7 +69,7 @@ class LocalGenerator final : public Generator, private EventSink {
     v1::GetModelInfoResponse info;
     info.set_model(model_->name());
     info.set_architecture(model_->architecture());
-    info.set_kv_mode(options_.kv_mode);
+    info.set_kv_mode(KvModeName(runtime_->kv_mode()));
     info.set_max_model_len(model_->max_model_len());
     info.set_vocab_size(model_->config().vocab_size);
     for (int32_t id : model_->config().eos_ids) info.add_eos_token_ids(id);
@@ -266,6 +266,7 @@ absl::StatusOr<std::unique_ptr<Generator>> NewLocalGenerator(const LocalOptions&
       Runtime::Create({.model_dir = options.model_dir,
                        .adapter_dir = options.adapter_dir,
                        .kv_mode = options.kv_mode,
+                       .kv_format = options.kv_format,
                        .kv_budget_bytes = static_cast<size_t>(options.kv_budget_bytes),
                        .prefill_chunk = options.prefill_chunk,
                        .max_num_seqs = options.max_num_seqs,

@@ -43,6 +43,7 @@ struct LocalOptions {
   std::string model_dir;    // resolved
   std::string adapter_dir;  // "": none
   std::string kv_mode = "dense-fp8";
+  std::string kv_format;  // in place of kv_mode's, if not empty
   uint64_t kv_budget_bytes = uint64_t{1} << 30;
   int prefill_chunk = 512;  // tokens
   int max_num_seqs = 32;    // sequences in one batch

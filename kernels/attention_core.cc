@@ -9,6 +9,8 @@ namespace winnow::kernels::internal {
 KeyCursor::KeyCursor(const KeySource& source, KvPart part, int first_query, int last_query)
     : source_(source),
       part_(part),
+      element_(part == KvPart::kK ? KvFormatOf(source.layout.format).k
+                                  : KvFormatOf(source.layout.format).v),
       first_query_(first_query),
       num_chunk_(source.chunk_tokens == 0 ? 0 : last_query - source.span->num_tokens + 1),
       base_(source.span->num_tokens),
@@ -21,8 +23,8 @@ KeyCursor::Run KeyCursor::SlotRun(const PageTable& table, int slot, int max_coun
                                  layout.Page(table.At(slot / layout.slots_per_page)), in_page);
   return {.element = part_ == KvPart::kK ? ref.k : ref.v,
           .scale = part_ == KvPart::kK ? ref.k_scale : ref.v_scale,
-          .stride = static_cast<int64_t>(KvElementBytes(layout.format)) * layout.head_dim,
-          .scale_stride = static_cast<int64_t>(KvScaleBytes(layout.format)),
+          .stride = static_cast<int64_t>(KvElementBytes(element_)) * layout.head_dim,
+          .scale_stride = static_cast<int64_t>(KvScaleBytes(element_)),
           .count = std::min(max_count, layout.slots_per_page - in_page)};
 }
 
@@ -57,7 +59,7 @@ void KeyCursor::Push(const Run& run, int i, bool evict, KeyBlock* block) const {
   block->element[at] = run.element + i * run.stride;
   block->pos[at] = pos;
   block->limit[at] = limit;
-  if (KvScaleBytes(source_.layout.format) > 0) {
+  if (KvScaleBytes(element_) > 0) {
     std::memcpy(block->scale + at, run.scale + i * run.scale_stride, 2);
   }
   block->max_pos = pos;

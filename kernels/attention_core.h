@@ -29,7 +29,7 @@ enum class KvPart { kK, kV };
 struct KeyBlock {
   int count = 0;
   const uint8_t* element[kBlockKeys];
-  alignas(64) uint16_t scale[kBlockKeys];  // float16; unset if the format has none
+  alignas(64) uint16_t scale[kBlockKeys];  // float16; unset if the elements have none
   // Key i is visible to query position p iff pos[i] <= p < limit[i]. Unused
   // places have pos = INT32_MAX.
   int32_t pos[kBlockKeys];
@@ -66,6 +66,7 @@ class KeyCursor {
 
   const KeySource& source_;
   const KvPart part_;
+  const KvElement element_;  // the part's
   const int first_query_;
   const int num_chunk_;                      // the chunk's tokens up to last_query
   const int base_;                           // position of the chunk's first token

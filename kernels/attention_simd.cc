@@ -5,13 +5,15 @@
 // upwards, p_j = Exp(s_j - max), denominator += p_j and out[d] = fma(p_j, v[d],
 // out[d]); then one division. Lanes run across keys in the first part and across
 // head_dim in the second, so nothing depends on the vector's width. A masked
-// key has p_j = 0 and adds an exact zero.
+// key has p_j = 0 and adds an exact zero. A rotated format's output is rotated back
+// after the division, a row for itself.
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "kernels/attention_core.h"
 #include "kernels/cpu/cpu_path.h"
+#include "kernels/hadamard.h"
 
 // AVX2 and AVX-512; other x86 hosts take the scalar path.
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)
@@ -36,14 +38,29 @@ using VF = hn::Vec<DF>;
 // Vectors of head_dim that the second part keeps in registers.
 constexpr int kOutVecs = HWY_MAX_BYTES >= 64 ? 4 : 2;
 
-// N fp8 codes as floats, 2^-8 of their value: e4m3 bits moved to float16's places.
-HWY_INLINE VF CodesToFloat(DF d, const uint8_t* codes) {
-  const hn::Rebind<int8_t, DF> d8;
-  const hn::Rebind<int16_t, DF> d16;
-  const hn::Rebind<hwy::float16_t, DF> dh;
-  const auto wide = hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const int8_t*>(codes)));
-  const auto half = hn::And(hn::ShiftLeft<7>(wide), hn::Set(d16, static_cast<int16_t>(0xbfff)));
-  return hn::PromoteTo(d, hn::BitCast(dh, half));
+template <KvElement kElement>
+using Code = typename KvElementTraits<kElement>::Code;
+
+// What CodesToFloat() must be multiplied by beside the scale. e4m3 bits moved to
+// float16's places are 2^-8 of their value.
+template <KvElement kElement>
+constexpr float kCodeUnit = kElement == KvElement::kE4m3 ? 256.0f : 1.0f;
+
+// N codes as floats, in units of kCodeUnit.
+template <KvElement kElement, class D>
+HWY_INLINE hn::Vec<D> CodesToFloat(D d, const Code<kElement>* codes) {
+  const hn::Rebind<int8_t, D> d8;
+  if constexpr (kElement == KvElement::kBf16) {
+    return LoadBf16(d, reinterpret_cast<const Bf16*>(codes));
+  } else if constexpr (kElement == KvElement::kInt8) {
+    return hn::ConvertTo(d, hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(d8, codes)));
+  } else {
+    const hn::Rebind<int16_t, D> d16;
+    const hn::Rebind<hwy::float16_t, D> dh;
+    const auto wide = hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const int8_t*>(codes)));
+    const auto half = hn::And(hn::ShiftLeft<7>(wide), hn::Set(d16, static_cast<int16_t>(0xbfff)));
+    return hn::PromoteTo(d, hn::BitCast(dh, half));
+  }
 }
 
 // Transposes squares of kSide x kSide elements, kSide elements being 16 bytes: the
@@ -78,21 +95,22 @@ HWY_INLINE void TransposeSquares(const uint8_t* const* in, size_t offset, T* out
 #endif
 }
 
-// 256 * scale of a block's tokens, which undoes CodesToFloat's 2^-8. Exact.
-void LoadScales(const KeyBlock& block, float* scales) {
+// unit * scale of a block's tokens. Exact.
+void LoadScales(const KeyBlock& block, float unit, float* scales) {
   const DF d;
   const hn::Rebind<uint16_t, DF> d16;
   const hn::Rebind<hwy::float16_t, DF> dh;
   for (int i = 0; i < kBlockKeys; i += static_cast<int>(hn::Lanes(d))) {
     const VF scale = hn::PromoteTo(d, hn::BitCast(dh, hn::LoadU(d16, block.scale + i)));
-    hn::Store(hn::Mul(scale, hn::Set(d, 256.0f)), d, scales + i);
+    hn::Store(hn::Mul(scale, hn::Set(d, unit)), d, scales + i);
   }
 }
 
 // K of a block as floats, transposed: kt [head_dim][kBlockKeys]. Takes kBytes of
 // a row at a time.
-template <typename T, size_t kBytes>
+template <KvElement kElement, size_t kBytes>
 void LoadKeyBytes(const KeyBlock& block, const float* scales, int head_dim, float* kt) {
+  using T = Code<kElement>;
   constexpr int kSide = 16 / sizeof(T);
   constexpr int kWidth = kBytes / sizeof(T);
   const hn::CappedTag<float, kSide> d;
@@ -105,47 +123,54 @@ void LoadKeyBytes(const KeyBlock& block, const float* scales, int head_dim, floa
         const T* from = squares + c % kSide * kWidth + c / kSide * kSide;
         float* to = kt + (at + c) * kBlockKeys + i;
         for (int j = 0; j < kSide; j += lanes) {
-          if constexpr (sizeof(T) == 1) {
-            const VF scale = hn::Load(d, scales + i + j);
-            hn::Store(hn::Mul(CodesToFloat(d, from + j), scale), d, to + j);
-          } else {
-            hn::Store(LoadBf16(d, reinterpret_cast<const Bf16*>(from + j)), d, to + j);
-          }
+          auto key = CodesToFloat<kElement>(d, from + j);
+          if constexpr (KvScaleBytes(kElement) > 0) key = hn::Mul(key, hn::Load(d, scales + i + j));
+          hn::Store(key, d, to + j);
         }
       }
     }
   }
 }
 
-template <typename T>
-void LoadKeys(const KeyBlock& block, const float* scales, int head_dim, float* kt) {
-  const size_t row_bytes = static_cast<size_t>(head_dim) * sizeof(T);
+template <KvElement kElement>
+void LoadKeys(const KeyBlock& block, int head_dim, float* kt) {
+  alignas(64) float scales[kBlockKeys];
+  if constexpr (KvScaleBytes(kElement) > 0) LoadScales(block, kCodeUnit<kElement>, scales);
+  const size_t row_bytes = static_cast<size_t>(head_dim) * KvElementBytes(kElement);
   if constexpr (HWY_MAX_BYTES >= 64) {
-    if (row_bytes % 64 == 0) return LoadKeyBytes<T, 64>(block, scales, head_dim, kt);
+    if (row_bytes % 64 == 0) return LoadKeyBytes<kElement, 64>(block, scales, head_dim, kt);
   }
   if constexpr (HWY_MAX_BYTES >= 32) {
-    if (row_bytes % 32 == 0) return LoadKeyBytes<T, 32>(block, scales, head_dim, kt);
+    if (row_bytes % 32 == 0) return LoadKeyBytes<kElement, 32>(block, scales, head_dim, kt);
   }
-  LoadKeyBytes<T, 16>(block, scales, head_dim, kt);
+  LoadKeyBytes<kElement, 16>(block, scales, head_dim, kt);
 }
 
 // V of a block as floats, vb [count][head_dim].
-template <typename T>
-void LoadValues(const KeyBlock& block, const float* scales, int head_dim, float* vb) {
+template <KvElement kElement>
+void LoadValues(const KeyBlock& block, int head_dim, float* vb) {
   const DF d;
   const int lanes = static_cast<int>(hn::Lanes(d));
+  alignas(64) float scales[kBlockKeys];
+  if constexpr (KvScaleBytes(kElement) > 0) LoadScales(block, kCodeUnit<kElement>, scales);
   for (int i = 0; i < block.count; ++i) {
-    const T* row = reinterpret_cast<const T*>(block.element[i]);
+    const auto* row = reinterpret_cast<const Code<kElement>*>(block.element[i]);
     float* out = vb + i * head_dim;
     for (int at = 0; at < head_dim; at += lanes) {
-      if constexpr (sizeof(T) == 1) {
-        hn::Store(hn::Mul(CodesToFloat(d, row + at), hn::Set(d, scales[i])), d, out + at);
-      } else {
-        hn::Store(LoadBf16(d, reinterpret_cast<const Bf16*>(row + at)), d, out + at);
-      }
+      VF value = CodesToFloat<kElement>(d, row + at);
+      if constexpr (KvScaleBytes(kElement) > 0) value = hn::Mul(value, hn::Set(d, scales[i]));
+      hn::Store(value, d, out + at);
     }
   }
 }
+
+using LoadBlock = void (*)(const KeyBlock& block, int head_dim, float* out);
+
+// One function for each element, in the order of KvElement.
+constexpr LoadBlock kLoadKeys[] = {LoadKeys<KvElement::kBf16>, LoadKeys<KvElement::kE4m3>,
+                                   LoadKeys<KvElement::kInt8>};
+constexpr LoadBlock kLoadValues[] = {LoadValues<KvElement::kBf16>, LoadValues<KvElement::kE4m3>,
+                                     LoadValues<KvElement::kInt8>};
 
 // Scores of kRows query rows over a block: s[r * stride + i] = scale * dot.
 template <int kRows>
@@ -272,7 +297,7 @@ void RunTile(const AttentionTile& tile) {
   const DF d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   const int head_dim = tile.source.layout.head_dim;
-  const bool fp8 = tile.source.layout.format == KvFormatId::kFp8;
+  const KvFormat& format = KvFormatOf(tile.source.layout.format);
   const int rows = tile.num_queries * tile.group;
   const int last_query = tile.first_query + tile.num_queries - 1;
   const int chunk_keys =
@@ -298,18 +323,12 @@ void RunTile(const AttentionTile& tile) {
   std::fill(max_lanes, max_lanes + rows * lanes, -std::numeric_limits<float>::infinity());
 
   KeyBlock block;
-  alignas(64) float scales[kBlockKeys];
   // Rows of queries before the block's first key see none of it.
   const auto first_row = [&] { return std::max(block.min_pos - tile.first_query, 0) * tile.group; };
   int64_t at = 0;
   for (KeyCursor cursor(tile.source, KvPart::kK, tile.first_query, last_query); cursor.Next(&block);
        at += kBlockKeys) {
-    if (fp8) {
-      LoadScales(block, scales);
-      LoadKeys<uint8_t>(block, scales, head_dim, kt);
-    } else {
-      LoadKeys<uint16_t>(block, scales, head_dim, kt);
-    }
+    kLoadKeys[static_cast<size_t>(format.k)](block, head_dim, kt);
     ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
       ScoreRows<kRows>(kt, q + row * head_dim, head_dim, tile.scale, scores + row * stride + at,
                        stride);
@@ -333,12 +352,7 @@ void RunTile(const AttentionTile& tile) {
   at = 0;
   for (KeyCursor cursor(tile.source, KvPart::kV, tile.first_query, last_query); cursor.Next(&block);
        at += kBlockKeys) {
-    if (fp8) {
-      LoadScales(block, scales);
-      LoadValues<uint8_t>(block, scales, head_dim, kt);
-    } else {
-      LoadValues<uint16_t>(block, scales, head_dim, kt);
-    }
+    kLoadValues[static_cast<size_t>(format.v)](block, head_dim, kt);
     ForRowGroups(first_row(), rows, [&]<int kRows>(int row) {
       AccumulateRows<kRows>(kt, block.count, head_dim, scores + row * stride + at, stride,
                             max + row, denominator + row, out + row * head_dim);
@@ -349,8 +363,13 @@ void RunTile(const AttentionTile& tile) {
     const int64_t to =
         row / tile.group * tile.query_stride + static_cast<int64_t>(row % tile.group) * head_dim;
     const VF sum = hn::Set(d, denominator[row]);
+    float* result = out + row * head_dim;
     for (int i = 0; i < head_dim; i += lanes) {
-      const VF value = hn::Div(hn::Load(d, out + row * head_dim + i), sum);
+      hn::Store(hn::Div(hn::Load(d, result + i), sum), d, result + i);
+    }
+    if (format.rotated) HadamardRotate(head_dim, result);
+    for (int i = 0; i < head_dim; i += lanes) {
+      const VF value = hn::Load(d, result + i);
       if (tile.out_f32 != nullptr) {
         hn::StoreU(value, d, tile.out_f32 + to + i);
       } else {

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/bf16.h"
 #include "common/base/status_macros.h"
+#include "kernels/hadamard.h"
 #include "kernels/parallel.h"
 #include "kernels/rope.h"
 
@@ -30,6 +31,7 @@ void CompactToken(const DmsCompactParams& p, int t) {
   const int group = p.num_heads / p.num_kv_heads;
   const size_t head_bytes = static_cast<size_t>(head_dim) * sizeof(float);
   const size_t token_bytes = TokenBytes(p.format, head_dim);
+  const bool rotated = KvFormatOf(p.format).rotated;
   const int64_t table_row = static_cast<int64_t>(p.positions[t]) * (head_dim / 2);
   const float* cos = p.rope_cos + table_row;
   const float* sin = p.rope_sin + table_row;
@@ -53,6 +55,7 @@ void CompactToken(const DmsCompactParams& p, int t) {
     if (zero) x[head_dim - 1] = 0.0f;
     ApplyRope(cos, sin, head_dim, x);
     if (zero && p.rule.zeroing == ChannelZeroing::kBeforeAndAfterRope) x[head_dim - 1] = 0.0f;
+    if (rotated) HadamardRotate(head_dim, x);
   }
   for (int g = 0; g < p.num_kv_heads; ++g) {
     float k[kMaxHeadDim];
@@ -60,6 +63,13 @@ void CompactToken(const DmsCompactParams& p, int t) {
     if (p.k_norm != nullptr) NormHead(p.k_norm, p.norm_eps, head_dim, k);
     ApplyRope(cos, sin, head_dim, k);
     const float* v = p.v + t * p.v_stride + static_cast<int64_t>(g) * head_dim;
+    float rotated_v[kMaxHeadDim];
+    if (rotated) {
+      HadamardRotate(head_dim, k);
+      std::memcpy(rotated_v, v, head_bytes);
+      HadamardRotate(head_dim, rotated_v);
+      v = rotated_v;
+    }
     const int64_t row = static_cast<int64_t>(t) * p.num_kv_heads + g;
     StoreRow(p.format, head_dim, k, v, p.rows + row * static_cast<int64_t>(token_bytes));
   }

@@ -32,7 +32,8 @@ struct DecisionRule {
 };
 
 // What follows the QKV GEMM, one token a row: q/k norm (RMS over a head, float32), decision,
-// zeroing, RoPE at the token's absolute position, K and V to stored form.
+// zeroing, RoPE at the token's absolute position, the format's rotation of q, k and v,
+// K and V to stored form.
 // The borrowed channel takes part in the RMS with its raw value and is zeroed
 // afterwards. Each row depends on itself and its position alone.
 struct DmsCompactParams {

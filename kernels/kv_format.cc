@@ -16,18 +16,18 @@ namespace {
 constexpr uint16_t kHalfNan = 0x7e00;
 constexpr uint16_t kHalfMax = 0x7bff;  // 65504
 
-// The smallest positive float16 s with 448 * s >= amax, so |x| / s <= 448. A NaN
-// where a value is not finite; 65504 (and saturating codes) past 448 * 65504.
-uint16_t ScaleFor(const float* x, int n) {
+// The smallest positive float16 s with max_code * s >= amax, so |x| / s <= max_code.
+// A NaN where a value is not finite; 65504 (and saturating codes) past max_code * 65504.
+uint16_t ScaleFor(const float* x, int n, float max_code) {
   int32_t amax_bits = 0;
   for (int i = 0; i < n; ++i) {
     amax_bits = std::max(amax_bits, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
   }
   if (amax_bits >= 0x7f800000) return kHalfNan;
   const float amax = std::bit_cast<float>(amax_bits);
-  uint16_t scale = std::min(ToHalf(amax / kE4m3Max), kHalfMax);
-  // The product is exact: 11 + 3 bits.
-  if (scale == 0 || (scale < kHalfMax && HalfToFloat(scale) * kE4m3Max < amax)) ++scale;
+  uint16_t scale = std::min(ToHalf(amax / max_code), kHalfMax);
+  // The product is exact: 11 bits and 3 or 7.
+  if (scale == 0 || (scale < kHalfMax && HalfToFloat(scale) * max_code < amax)) ++scale;
   return scale;
 }
 
@@ -45,30 +45,52 @@ int32_t EncodeE4m3(float x) {
   return sign | (small & is_small) | (normal & ~is_small);
 }
 
-void StoreElements(KvFormatId format, int head_dim, const float* x, uint8_t* elements,
-                   uint8_t* scale_out) {
-  if (format == KvFormatId::kBf16) {
+// The nearest integer, ties to even, saturating at +-127; for a finite value.
+int32_t EncodeInt8(float x) {
+  // Floats from 2^23 to 2^24 are the integers there, rounded to by the addition.
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+  return std::bit_cast<int32_t>(std::clamp(x, -127.0f, 127.0f) + kShift) -
+         std::bit_cast<int32_t>(kShift);
+}
+
+template <KvElement kElement>
+void StoreElements(int head_dim, const float* x, uint8_t* elements, uint8_t* scale_out) {
+  if constexpr (kElement == KvElement::kBf16) {
     for (int d = 0; d < head_dim; ++d) {
       const Bf16 b = ToBf16(x[d]);
       std::memcpy(elements + 2 * d, &b, 2);
     }
-    return;
+  } else {
+    const uint16_t scale = ScaleFor(x, head_dim, KvElementTraits<kElement>::kMaxCode);
+    std::memcpy(scale_out, &scale, 2);
+    if (scale == kHalfNan) {
+      std::memset(elements, 0, static_cast<size_t>(head_dim));
+      return;
+    }
+    const float s = HalfToFloat(scale);
+    int32_t codes[kMaxHeadDim];
+    for (int d = 0; d < head_dim; ++d) {
+      codes[d] = kElement == KvElement::kInt8 ? EncodeInt8(x[d] / s) : EncodeE4m3(x[d] / s);
+    }
+    for (int d = 0; d < head_dim; ++d) elements[d] = static_cast<uint8_t>(codes[d]);
   }
-  const uint16_t scale = ScaleFor(x, head_dim);
-  std::memcpy(scale_out, &scale, 2);
-  if (scale == kHalfNan) {
-    std::memset(elements, 0, static_cast<size_t>(head_dim));
-    return;
-  }
-  const float s = HalfToFloat(scale);
-  int32_t codes[kMaxHeadDim];
-  for (int d = 0; d < head_dim; ++d) codes[d] = EncodeE4m3(x[d] / s);
-  for (int d = 0; d < head_dim; ++d) elements[d] = static_cast<uint8_t>(codes[d]);
 }
 
-void LoadElements(KvFormatId format, int head_dim, const uint8_t* elements, const uint8_t* scale,
+void StoreElements(KvElement element, int head_dim, const float* x, uint8_t* elements,
+                   uint8_t* scale) {
+  switch (element) {
+    case KvElement::kBf16:
+      return StoreElements<KvElement::kBf16>(head_dim, x, elements, scale);
+    case KvElement::kE4m3:
+      return StoreElements<KvElement::kE4m3>(head_dim, x, elements, scale);
+    case KvElement::kInt8:
+      return StoreElements<KvElement::kInt8>(head_dim, x, elements, scale);
+  }
+}
+
+void LoadElements(KvElement element, int head_dim, const uint8_t* elements, const uint8_t* scale,
                   float* out) {
-  if (format == KvFormatId::kBf16) {
+  if (element == KvElement::kBf16) {
     for (int d = 0; d < head_dim; ++d) {
       Bf16 b;
       std::memcpy(&b, elements + 2 * d, 2);
@@ -79,20 +101,48 @@ void LoadElements(KvFormatId format, int head_dim, const uint8_t* elements, cons
   uint16_t half;
   std::memcpy(&half, scale, 2);
   const float s = HalfToFloat(half);
-  for (int d = 0; d < head_dim; ++d) out[d] = DecodeE4m3(elements[d]) * s;
+  for (int d = 0; d < head_dim; ++d) {
+    out[d] = s * (element == KvElement::kInt8 ? static_cast<float>(static_cast<int8_t>(elements[d]))
+                                              : DecodeE4m3(elements[d]));
+  }
+}
+
+// Bytes of a token's four parts.
+struct PartBytes {
+  size_t k, v, k_scale, v_scale;
+};
+
+PartBytes PartsOf(KvFormatId format, int head_dim) {
+  const KvFormat& f = KvFormatOf(format);
+  const size_t dim = static_cast<size_t>(head_dim);
+  return {.k = KvElementBytes(f.k) * dim,
+          .v = KvElementBytes(f.v) * dim,
+          .k_scale = KvScaleBytes(f.k),
+          .v_scale = KvScaleBytes(f.v)};
+}
+
+// The token in slot `slot` of `slots` that start at `base`.
+TokenRef TokenAt(const PartBytes& bytes, const uint8_t* base, size_t slots, size_t slot) {
+  const uint8_t* v = base + slots * bytes.k;
+  const uint8_t* k_scale = v + slots * bytes.v;
+  const uint8_t* v_scale = k_scale + slots * bytes.k_scale;
+  return {.k = base + slot * bytes.k,
+          .v = v + slot * bytes.v,
+          .k_scale = k_scale + slot * bytes.k_scale,
+          .v_scale = v_scale + slot * bytes.v_scale};
 }
 
 }  // namespace
 
 absl::StatusOr<KvFormatId> ParseKvFormat(std::string_view name) {
-  if (name == "fp8") return KvFormatId::kFp8;
-  if (name == "bf16") return KvFormatId::kBf16;
+  std::string names;
+  for (const KvFormat& format : kKvFormats) {
+    if (format.name == name) return format.id;
+    absl::StrAppend(&names, std::string(format.name), ", ");
+  }
+  if (name == "best") return kBestKvFormat;
   return absl::InvalidArgumentError(
-      absl::StrCat("kv format \"", std::string(name), "\" is neither \"fp8\" nor \"bf16\""));
-}
-
-std::string_view KvFormatName(KvFormatId format) {
-  return format == KvFormatId::kFp8 ? "fp8" : "bf16";
+      absl::StrCat("kv format \"", std::string(name), "\" is none of ", names, "best"));
 }
 
 absl::Status ValidateHeadDim(int head_dim) {
@@ -110,66 +160,50 @@ float DecodeE4m3(uint8_t code) {
 }
 
 TokenRef PageToken(KvFormatId format, int head_dim, const uint8_t* page, int slot) {
-  const int64_t slots = SlotsPerPage(format, head_dim);
-  const int64_t row = static_cast<int64_t>(KvElementBytes(format)) * head_dim;
-  const int64_t scale = static_cast<int64_t>(KvScaleBytes(format));
-  const uint8_t* scales = page + 2 * slots * row;
-  return {.k = page + slot * row,
-          .v = page + (slots + slot) * row,
-          .k_scale = scales + slot * scale,
-          .v_scale = scales + (slots + slot) * scale};
+  return TokenAt(PartsOf(format, head_dim), page,
+                 static_cast<size_t>(SlotsPerPage(format, head_dim)), static_cast<size_t>(slot));
 }
 
 TokenRef RowToken(KvFormatId format, int head_dim, const uint8_t* row) {
-  const size_t elements = KvElementBytes(format) * static_cast<size_t>(head_dim);
-  return {.k = row,
-          .v = row + elements,
-          .k_scale = row + 2 * elements,
-          .v_scale = row + 2 * elements + KvScaleBytes(format)};
+  return TokenAt(PartsOf(format, head_dim), row, 1, 0);
 }
 
 void StoreRow(KvFormatId format, int head_dim, const float* k, const float* v, uint8_t* row) {
-  const size_t elements = KvElementBytes(format) * static_cast<size_t>(head_dim);
-  StoreElements(format, head_dim, k, row, row + 2 * elements);
-  StoreElements(format, head_dim, v, row + elements, row + 2 * elements + KvScaleBytes(format));
+  const KvFormat& f = KvFormatOf(format);
+  const TokenRef at = RowToken(format, head_dim, row);
+  const auto mutable_at = [row](const uint8_t* p) { return row + (p - row); };
+  StoreElements(f.k, head_dim, k, mutable_at(at.k), mutable_at(at.k_scale));
+  StoreElements(f.v, head_dim, v, mutable_at(at.v), mutable_at(at.v_scale));
 }
 
 namespace {
 
-// Copies a token's four parts between a flat row and a slot, either way.
-template <typename Copy>
-void ForEachPart(KvFormatId format, int head_dim, const TokenRef& slot, Copy copy) {
-  const size_t elements = KvElementBytes(format) * static_cast<size_t>(head_dim);
-  const size_t scale = KvScaleBytes(format);
-  copy(slot.k, size_t{0}, elements);
-  copy(slot.v, elements, elements);
-  if (scale == 0) return;
-  copy(slot.k_scale, 2 * elements, scale);
-  copy(slot.v_scale, 2 * elements + scale, scale);
+// Copies a token's four parts; `to` lies in the memory that starts at `base`.
+void CopyToken(const PartBytes& bytes, const TokenRef& from, const TokenRef& to, uint8_t* base) {
+  std::memcpy(base + (to.k - base), from.k, bytes.k);
+  std::memcpy(base + (to.v - base), from.v, bytes.v);
+  std::memcpy(base + (to.k_scale - base), from.k_scale, bytes.k_scale);
+  std::memcpy(base + (to.v_scale - base), from.v_scale, bytes.v_scale);
 }
 
 }  // namespace
 
 void CopyRowToPage(KvFormatId format, int head_dim, const uint8_t* row, uint8_t* page, int slot) {
-  ForEachPart(format, head_dim, PageToken(format, head_dim, page, slot),
-              [&](const uint8_t* at, size_t row_offset, size_t bytes) {
-                std::memcpy(page + (at - page), row + row_offset, bytes);
-              });
+  CopyToken(PartsOf(format, head_dim), RowToken(format, head_dim, row),
+            PageToken(format, head_dim, page, slot), page);
 }
 
 void CopyPageToRow(KvFormatId format, int head_dim, const uint8_t* page, int slot, uint8_t* row) {
-  ForEachPart(format, head_dim, PageToken(format, head_dim, page, slot),
-              [&](const uint8_t* at, size_t row_offset, size_t bytes) {
-                std::memcpy(row + row_offset, at, bytes);
-              });
+  CopyToken(PartsOf(format, head_dim), PageToken(format, head_dim, page, slot),
+            RowToken(format, head_dim, row), row);
 }
 
 void LoadK(KvFormatId format, int head_dim, const TokenRef& token, float* out) {
-  LoadElements(format, head_dim, token.k, token.k_scale, out);
+  LoadElements(KvFormatOf(format).k, head_dim, token.k, token.k_scale, out);
 }
 
 void LoadV(KvFormatId format, int head_dim, const TokenRef& token, float* out) {
-  LoadElements(format, head_dim, token.v, token.v_scale, out);
+  LoadElements(KvFormatOf(format).v, head_dim, token.v, token.v_scale, out);
 }
 
 }  // namespace winnow::kernels

@@ -84,7 +84,7 @@ void AdvanceSpan(const KvLayout& layout, Span* span, const uint8_t* row, uint8_t
       } else {
         slot = span->ring_start;
         if (span->ring_evict[slot] == 0) {
-          uint8_t moved[TokenBytes(KvFormatId::kBf16, kMaxHeadDim)];
+          uint8_t moved[kMaxTokenBytes];
           CopyPageToRow(layout.format, layout.head_dim,
                         layout.Page(span->ring.At(slot / layout.slots_per_page)),
                         slot % layout.slots_per_page, moved);

@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 
+#include "common/kv/kv_mode.h"
+
 namespace winnow::config {
 namespace {
 
@@ -78,9 +80,11 @@ FlagSet WorkerFlags(const std::string& program, WorkerConfig* config) {
                   "Model directory (Hugging Face layout), or default: the cached "
                   "SmolLM2-135M-Instruct.");
   flags.AddString("adapter", &config->adapter, "Directory of a DMS adapter, or none.");
-  flags.AddChoice("kv-mode", &config->kv_mode, {"dms-fp8", "dms-bf16", "dense-fp8", "dense-bf16"},
-                  "How keys and values are kept: with or without eviction, in 8 or 16 bits. All "
+  flags.AddChoice("kv-mode", &config->kv_mode, KvModeNames(),
+                  "How keys and values are kept: with or without eviction, in which format. All "
                   "workers of one router must agree.");
+  flags.AddChoice("kv-format", &config->kv_format, KvFormatNames(),
+                  "Takes the place of the format in --kv-mode. best: the least error in 8 bits.");
   flags.AddBytes("kv-budget", &config->kv_budget_bytes,
                  "Memory of the KV cache, allocated at start, e.g. 512MiB. Bounds how many and how "
                  "long sequences run at once.");

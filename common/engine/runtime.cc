@@ -23,7 +23,7 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
   WINNOW_RETURN_IF_ERROR(CheckRange("prefill_chunk", options.prefill_chunk, 1, 65536));
   WINNOW_RETURN_IF_ERROR(CheckRange("max_num_seqs", options.max_num_seqs, 1, 4096));
   std::unique_ptr<Runtime> runtime(new Runtime(options));
-  WINNOW_ASSIGN_OR_RETURN(runtime->kv_mode_, ParseKvMode(options.kv_mode));
+  WINNOW_ASSIGN_OR_RETURN(runtime->kv_mode_, ParseKvMode(options.kv_mode, options.kv_format));
   const bool dms = runtime->kv_mode_.dms;
   // Dense modes run the model's own weights: an adapter may bring a weight update.
   WINNOW_ASSIGN_OR_RETURN(
@@ -59,7 +59,7 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
   const KvCache& cache = *runtime->cache_;
   LogLine(LogLevel::kInfo, "kv_budget",
           absl::StrCat(
-              LogField("kv_mode", options.kv_mode), LogField("bytes", cache.allocated_bytes()),
+              LogField("kv_mode", KvModeName(runtime->kv_mode_)), LogField("bytes", cache.allocated_bytes()),
               LogField("pages", cache.pool().total()), LogField("page_bytes", cache.page_bytes()),
               LogField("spans_per_sequence", cache.num_spans()),
               LogField("dense_tokens",

@@ -18,6 +18,7 @@ struct RuntimeOptions {
   std::string model_dir;
   std::string adapter_dir;  // empty: none
   std::string kv_mode = "dense-fp8";
+  std::string kv_format;  // as ParseKvMode() takes it; empty: kv_mode's
   size_t kv_budget_bytes = size_t{512} << 20;
   int prefill_chunk = 512;  // tokens; [1, 65536]
   int max_num_seqs = 32;    // [1, 4096]

@@ -71,6 +71,7 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config) {
       Runtime::Create({.model_dir = config::ResolveModelDir(config.model),
                        .adapter_dir = config.adapter == "none" ? std::string() : config.adapter,
                        .kv_mode = config.kv_mode,
+                       .kv_format = config.kv_format,
                        .kv_budget_bytes = config.kv_budget_bytes,
                        .prefill_chunk = config.prefill_chunk,
                        .max_num_seqs = config.max_num_seqs,

@@ -186,13 +186,14 @@ TEST(Flags, WorkerFlagsOfTheContract) {
   FlagSet flags = WorkerFlags("winnow-decode", &config);
   ASSERT_TRUE(
       Parse(&flags, {"--listen=127.0.0.1:0", "--model", "/m", "--adapter=/a", "--kv-mode=dms-fp8",
-                     "--kv-budget=64MiB", "--prefill-chunk=7", "--max-num-seqs=3",
-                     "--max-model-len=100", "--metrics-port=0", "--threads=2"})
+                     "--kv-format=best", "--kv-budget=64MiB", "--prefill-chunk=7",
+                     "--max-num-seqs=3", "--max-model-len=100", "--metrics-port=0", "--threads=2"})
           .ok());
   EXPECT_EQ(config.server.listen, "127.0.0.1:0");
   EXPECT_EQ(config.model, "/m");
   EXPECT_EQ(config.adapter, "/a");
   EXPECT_EQ(config.kv_mode, "dms-fp8");
+  EXPECT_EQ(config.kv_format, "best");
   EXPECT_EQ(config.kv_budget_bytes, uint64_t{64} << 20);
   EXPECT_EQ(config.prefill_chunk, 7);
   EXPECT_EQ(config.max_num_seqs, 3);

@@ -23,7 +23,7 @@ TEST(EqualityModelTest, SmolLm2WithTheProbeAdapter) {
     GTEST_SKIP() << "no " << adapter;
   }
   // Prompts up to 900 tokens, the window is 256.
-  for (const char* mode : {"dms-fp8", "dense-bf16"}) {
+  for (const char* mode : {"dms-fp8", "dms-best", "dense-bf16"}) {
     ExpectThreeProcessesEqualOne(model, adapter,
                                  {.kv_mode = mode,
                                   .prefill_chunk = 64,

@@ -21,7 +21,8 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(EqualityCase{"dense-bf16", 64, 1}, EqualityCase{"dense-fp8", 7, 2},
                       EqualityCase{"dms-bf16", 512, 1}, EqualityCase{"dms-fp8", 1, 1},
                       EqualityCase{"dms-fp8", 7, 2}, EqualityCase{"dms-fp8", 64, 2},
-                      EqualityCase{"dms-fp8", 512, 1}),
+                      EqualityCase{"dms-fp8", 512, 1}, EqualityCase{"dms-best", 7, 2},
+                      EqualityCase{"dense-k8v8", 64, 1}),
     [](const auto& test) {
       std::string name = test.param.kv_mode + "_chunk" + std::to_string(test.param.prefill_chunk) +
                          "_threads" + std::to_string(test.param.threads);

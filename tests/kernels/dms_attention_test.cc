@@ -8,6 +8,7 @@
 #include <random>
 
 #include "kernels/cpu/cpu_path.h"
+#include "kernels/hadamard.h"
 #include "tests/kernels/dms_case.h"
 
 namespace winnow {
@@ -60,6 +61,20 @@ std::vector<DmsCase> RandomCases() {
       {.name = "one_token", .num_tokens = 1, .window = 4},
       {.name = "shift0_w1", .num_tokens = 90, .window = 1, .shift = 0},
       {.name = "group_33", .num_tokens = 40, .window = 5, .num_heads = 33, .num_kv_heads = 1},
+      {.name = "d128_int8h",
+       .num_tokens = 150,
+       .window = 31,
+       .format = KvFormatId::kInt8H,
+       .num_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 128},
+      {.name = "dense_k8v8_d96",
+       .num_tokens = 130,
+       .window = 0,
+       .format = KvFormatId::kK8V8,
+       .num_heads = 3,
+       .num_kv_heads = 1,
+       .head_dim = 96},
       {.name = "d256",
        .num_tokens = 50,
        .window = 7,
@@ -67,6 +82,7 @@ std::vector<DmsCase> RandomCases() {
        .num_kv_heads = 2,
        .head_dim = 256},
   };
+  static_assert(std::size(kernels::kKvFormats) == 5);
   std::mt19937 rng(7);
   const auto pick = [&](int low, int high) {
     return std::uniform_int_distribution<int>(low, high)(rng);
@@ -78,7 +94,7 @@ std::vector<DmsCase> RandomCases() {
                      .window = i % 3 == 0 ? pick(1, 8) : pick(1, 150),
                      .shift = pick(0, 1),
                      .evict_rate = 0.1 * pick(1, 8),
-                     .format = pick(0, 1) == 0 ? KvFormatId::kBf16 : KvFormatId::kFp8,
+                     .format = kernels::kKvFormats[i % 5].id,
                      .num_heads = kv_heads * pick(1, 5),
                      .num_kv_heads = kv_heads,
                      .head_dim = 16 * pick(1, 5),
@@ -145,36 +161,44 @@ const DmsCase kLong = {.name = "long",
                        .head_dim = 64};
 
 TEST(DmsAttentionOrder, ChunksThreadsAndPagesChangeNoBit) {
+  struct Layout {
+    KvFormatId format;
+    int window, shift;
+  };
   struct Run {
     int threads, chunk;
     bool poison;  // and scrambled page ids
   };
   constexpr int kTokens = 700;
-  for (const int window : {0, 100}) {
-    for (const int shift : {0, 1}) {
-      DmsCase c = kLong;
-      c.num_tokens = kTokens;
-      c.window = window;
-      c.shift = shift;
-      const DmsInputs in(c);
-      std::vector<float> want;
-      std::vector<uint8_t> want_bytes;
-      for (const Run& run :
-           {Run{1, kTokens, false}, Run{1, kTokens, true}, Run{1, 512, true}, Run{2, 64, true},
-            Run{3, 64, true}, Run{1, 7, true}, Run{2, 1, true}}) {
-        ThreadPool pool(run.threads);
-        auto cache = MakeCache(c, 1, run.poison);
-        SequenceCache sequence = *cache->NewSequence();
-        const auto out = Prefill(in, 0, kTokens, run.chunk, &pool, &sequence, *cache);
-        std::vector<uint8_t> bytes(sequence.ExportBytes(0));
-        sequence.Export(0, bytes.data());
-        if (want.empty()) {
-          want = out;
-          want_bytes = bytes;
-        }
-        EXPECT_EQ(out, want) << run.threads << " threads, chunk " << run.chunk;
-        EXPECT_EQ(bytes, want_bytes) << run.threads << " threads, chunk " << run.chunk;
+  for (const auto& [format, window, shift] :
+       {Layout{KvFormatId::kFp8, 0, 1}, Layout{KvFormatId::kFp8, 100, 0},
+        Layout{KvFormatId::kFp8, 100, 1}, Layout{KvFormatId::kBf16, 100, 1},
+        Layout{KvFormatId::kInt8, 100, 0}, Layout{KvFormatId::kInt8H, 0, 1},
+        Layout{KvFormatId::kInt8H, 100, 1}, Layout{KvFormatId::kK8V8, 100, 1}}) {
+    DmsCase c = kLong;
+    c.num_tokens = kTokens;
+    c.format = format;
+    c.window = window;
+    c.shift = shift;
+    const DmsInputs in(c);
+    std::vector<float> want;
+    std::vector<uint8_t> want_bytes;
+    for (const Run& run : {Run{1, kTokens, false}, Run{1, kTokens, true}, Run{1, 512, true},
+                           Run{2, 64, true}, Run{3, 64, true}, Run{1, 7, true}, Run{2, 1, true}}) {
+      ThreadPool pool(run.threads);
+      auto cache = MakeCache(c, 1, run.poison);
+      SequenceCache sequence = *cache->NewSequence();
+      const auto out = Prefill(in, 0, kTokens, run.chunk, &pool, &sequence, *cache);
+      std::vector<uint8_t> bytes(sequence.ExportBytes(0));
+      sequence.Export(0, bytes.data());
+      if (want.empty()) {
+        want = out;
+        want_bytes = bytes;
       }
+      EXPECT_EQ(out, want) << KvFormatName(format) << " " << run.threads << " threads, chunk "
+                           << run.chunk;
+      EXPECT_EQ(bytes, want_bytes)
+          << KvFormatName(format) << " " << run.threads << " threads, chunk " << run.chunk;
     }
   }
 }
@@ -236,7 +260,7 @@ TEST(DmsAttentionOrder, IsTheDocumentedOne) {
 #endif
   DmsCase c = kLong;
   c.num_tokens = 260;
-  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+  for (const auto& [format, name, k_element, v_element, rotated] : kernels::kKvFormats) {
     c.format = format;
     const DmsInputs in(c);
     ThreadPool pool(2);
@@ -266,8 +290,10 @@ TEST(DmsAttentionOrder, IsTheDocumentedOne) {
           sum += p;
           for (size_t d = 0; d < dim; ++d) out[d] = std::fma(p, x[d], out[d]);
         }
+        for (float& value : out) value /= sum;
+        if (rotated) kernels::HadamardRotate(c.head_dim, out.data());
         for (size_t d = 0; d < dim; ++d) {
-          ASSERT_EQ(got[at + d], out[d] / sum) << "token " << i << " head " << h << " dim " << d;
+          ASSERT_EQ(got[at + d], out[d]) << name << " token " << i << " head " << h << " dim " << d;
         }
       }
     }
@@ -276,12 +302,12 @@ TEST(DmsAttentionOrder, IsTheDocumentedOne) {
 
 TEST(DmsAttentionOrder, VectorWidthChangesNoBit) {
   const kernels::CpuPath widest = kernels::ActiveCpuPath();
-  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+  for (const kernels::KvFormat& format : kernels::kKvFormats) {
     for (const int head_dim : {16, 48, 64, 96}) {
       DmsCase c = kLong;
       c.num_tokens = 150;
       c.window = 20;
-      c.format = format;
+      c.format = format.id;
       c.head_dim = head_dim;
       const DmsInputs in(c);
       ThreadPool pool(1);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -141,7 +142,9 @@ namespace {
 
 // Element d of K (part 0) or V (part 1) of a flat row, by the documented layout.
 double StoredElement(const DmsCase& c, const uint8_t* row, int part, int d) {
+  using kernels::KvElement;
   const int dim = c.head_dim;
+  const kernels::KvFormat& format = kernels::KvFormatOf(c.format);
   if (c.format == KvFormatId::kBf16) {
     Bf16 value;
     std::memcpy(&value, row + 2 * (part * dim + d), 2);
@@ -149,7 +152,22 @@ double StoredElement(const DmsCase& c, const uint8_t* row, int part, int d) {
   }
   uint16_t scale;
   std::memcpy(&scale, row + 2 * dim + 2 * part, 2);
-  return double{E4m3ToFloat(row[part * dim + d])} * double{HalfToFloat(scale)};
+  const uint8_t code = row[part * dim + d];
+  const bool int8 = (part == 0 ? format.k : format.v) == KvElement::kInt8;
+  return (int8 ? static_cast<int8_t>(code) : double{E4m3ToFloat(code)}) *
+         double{HalfToFloat(scale)};
+}
+
+// The block-diagonal Hadamard matrix times x, by its definition.
+std::vector<double> Rotated(const std::vector<double>& x) {
+  const size_t n = x.size() & (~x.size() + 1);
+  std::vector<double> y(x.size(), 0.0);
+  for (size_t i = 0; i < x.size(); ++i) {
+    for (size_t j = i / n * n; j < i / n * n + n; ++j) {
+      y[i] += (std::popcount(i % n & j % n) % 2 == 0 ? x[j] : -x[j]) / std::sqrt(double(n));
+    }
+  }
+  return y;
 }
 
 }  // namespace
@@ -182,7 +200,11 @@ std::vector<double> OracleAttention(const DmsInputs& in) {
           out[at + static_cast<size_t>(d)] += p * StoredElement(c, in.row(j, g), 1, d);
         }
       }
-      for (int d = 0; d < c.head_dim; ++d) out[at + static_cast<size_t>(d)] /= sum;
+      const auto first = out.begin() + static_cast<std::ptrdiff_t>(at);
+      std::vector<double> result(first, first + c.head_dim);
+      for (double& value : result) value /= sum;
+      if (kernels::KvFormatOf(c.format).rotated) result = Rotated(result);
+      std::copy(result.begin(), result.end(), first);
     }
   }
   return out;

@@ -38,7 +38,7 @@ struct DmsInputs {
 
   DmsCase c;
   std::vector<float> q;            // [num_tokens, num_heads, head_dim]
-  std::vector<float> k, v;         // [num_tokens, num_kv_heads, head_dim], before storing
+  std::vector<float> k, v;         // [num_tokens, num_kv_heads, head_dim]; stored as they are
   std::vector<uint8_t> rows;       // [num_tokens, num_kv_heads, TokenBytes]
   std::vector<uint8_t> decisions;  // [num_tokens, num_kv_heads]
 };
@@ -55,7 +55,8 @@ std::vector<float> Decode(const DmsInputs& in, int begin, int end, ThreadPool* p
 
 // [query head][token][key]: the closed form of the mask.
 bool OracleVisible(const DmsInputs& in, int g, int i, int j);
-// Attention in double over the visible keys, from the stored bytes.
+// Attention in double over the visible keys, from the stored bytes; a rotated format's
+// output rotated back.
 std::vector<double> OracleAttention(const DmsInputs& in);
 
 }  // namespace winnow

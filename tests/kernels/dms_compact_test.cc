@@ -3,15 +3,18 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "common/base/bf16.h"
 #include "common/kv/sequence_cache.h"
 #include "kernels/decode_prepare.h"
+#include "kernels/hadamard.h"
 #include "kernels/rope.h"
 
 namespace winnow::kernels {
@@ -158,6 +161,56 @@ TEST(DmsCompact, StoresRotatedKeysAndPlainValues) {
   }
 }
 
+// A rotated format's q, k and v are the other formats', times the matrix; the decision
+// is taken before.
+TEST(DmsCompact, RotatesForARotatedFormat) {
+  Fixture plain, rotated;
+  DmsCompactParams p = plain.Params(), r = rotated.Params();
+  p.format = KvFormatId::kInt8;
+  r.format = KvFormatId::kInt8H;
+  for (DmsCompactParams* params : {&p, &r}) {
+    params->q_norm = plain.q_norm.data();
+    params->k_norm = plain.k_norm.data();
+    params->rule = {.source = DecisionSource::kBorrowedAfterQNorm,
+                    .zeroing = ChannelZeroing::kBeforeAndAfterRope};
+    ASSERT_TRUE(DmsCompactCpu(*params, nullptr).ok());
+  }
+  EXPECT_EQ(rotated.decisions, plain.decisions);
+  for (int t = 0; t < kTokens; ++t) {
+    for (int h = 0; h < kHeads; ++h) {
+      float want[kDim];
+      std::copy(plain.out(t, h), plain.out(t, h) + kDim, want);
+      HadamardRotate(kDim, want);
+      for (int d = 0; d < kDim; ++d) ASSERT_EQ(rotated.out(t, h)[d], want[d]) << t << " " << h;
+    }
+    for (int g = 0; g < kKvHeads; ++g) {
+      // What K is before it is stored: a BF16 row has too few bits, so from the formula.
+      const auto k = Expected(r.k + t * Fixture::kRow + g * kDim, r.k_norm,
+                              rotated.positions[static_cast<size_t>(t)], ChannelZeroing::kNone);
+      std::vector<float> want_k(k.begin(), k.end());
+      std::vector<float> want_v(r.v + t * Fixture::kRow + g * kDim,
+                                r.v + t * Fixture::kRow + (g + 1) * kDim);
+      HadamardRotate(kDim, want_k.data());
+      HadamardRotate(kDim, want_v.data());
+      const TokenRef token = RowToken(
+          r.format, kDim,
+          &rotated.rows[static_cast<size_t>(t * kKvHeads + g) * TokenBytes(r.format, kDim)]);
+      float got_k[kDim], got_v[kDim];
+      LoadK(r.format, kDim, token, got_k);
+      LoadV(r.format, kDim, token, got_v);
+      for (const auto& [want, got] : {std::pair(&want_k, got_k), std::pair(&want_v, got_v)}) {
+        float amax = 0.0f;
+        for (const float x : *want) amax = std::max(amax, std::fabs(x));
+        // Half a step of the scale, and the formula's float32 noise.
+        const float bound = amax / 127.0f * (0.5f + 0x1p-9f) + 2e-5f;
+        for (int d = 0; d < kDim; ++d) {
+          ASSERT_NEAR(got[d], (*want)[static_cast<size_t>(d)], bound) << t << " " << g;
+        }
+      }
+    }
+  }
+}
+
 TEST(DmsCompact, BorrowedChannelBeforeQNorm) {
   Fixture f;
   DmsCompactParams p = f.Params();
@@ -262,35 +315,37 @@ TEST(DmsCompact, NoSourceKeepsAllAndDecisionsMayBeUnwanted) {
 }
 
 TEST(DmsCompact, RowsDoNotDependOnBatchOrThreads) {
-  Fixture whole;
-  DmsCompactParams p = whole.Params();
-  p.format = KvFormatId::kFp8;
-  p.q_norm = whole.q_norm.data();
-  p.k_norm = whole.k_norm.data();
-  p.rule = {.source = DecisionSource::kBorrowedAfterQNorm,
-            .zeroing = ChannelZeroing::kBeforeAndAfterRope};
-  ThreadPool pool(3);
-  ASSERT_TRUE(DmsCompactCpu(p, &pool).ok());
-  Fixture single;
-  DmsCompactParams one = single.Params();
-  one.format = p.format;
-  one.q_norm = p.q_norm;
-  one.k_norm = p.k_norm;
-  one.rule = p.rule;
-  one.num_tokens = 1;
-  for (int t = 0; t < kTokens; ++t) {
-    one.q = p.q + t * Fixture::kRow;
-    one.k = p.k + t * Fixture::kRow;
-    one.v = p.v + t * Fixture::kRow;
-    one.positions = p.positions + t;
-    one.q_out = &single.q_out[static_cast<size_t>(t * kHeads * kDim)];
-    one.rows = &single.rows[static_cast<size_t>(t * kKvHeads) * TokenBytes(p.format, kDim)];
-    one.decisions = &single.decisions[static_cast<size_t>(t * kKvHeads)];
-    ASSERT_TRUE(DmsCompactCpu(one, nullptr).ok());
+  for (const KvFormat& format : kKvFormats) {
+    Fixture whole;
+    DmsCompactParams p = whole.Params();
+    p.format = format.id;
+    p.q_norm = whole.q_norm.data();
+    p.k_norm = whole.k_norm.data();
+    p.rule = {.source = DecisionSource::kBorrowedAfterQNorm,
+              .zeroing = ChannelZeroing::kBeforeAndAfterRope};
+    ThreadPool pool(3);
+    ASSERT_TRUE(DmsCompactCpu(p, &pool).ok());
+    Fixture single;
+    DmsCompactParams one = single.Params();
+    one.format = p.format;
+    one.q_norm = p.q_norm;
+    one.k_norm = p.k_norm;
+    one.rule = p.rule;
+    one.num_tokens = 1;
+    for (int t = 0; t < kTokens; ++t) {
+      one.q = p.q + t * Fixture::kRow;
+      one.k = p.k + t * Fixture::kRow;
+      one.v = p.v + t * Fixture::kRow;
+      one.positions = p.positions + t;
+      one.q_out = &single.q_out[static_cast<size_t>(t * kHeads * kDim)];
+      one.rows = &single.rows[static_cast<size_t>(t * kKvHeads) * TokenBytes(p.format, kDim)];
+      one.decisions = &single.decisions[static_cast<size_t>(t * kKvHeads)];
+      ASSERT_TRUE(DmsCompactCpu(one, nullptr).ok());
+    }
+    EXPECT_EQ(single.q_out, whole.q_out);
+    EXPECT_EQ(single.rows, whole.rows);
+    EXPECT_EQ(single.decisions, whole.decisions);
   }
-  EXPECT_EQ(single.q_out, whole.q_out);
-  EXPECT_EQ(single.rows, whole.rows);
-  EXPECT_EQ(single.decisions, whole.decisions);
 }
 
 TEST(DmsCompact, BadParamsAreNamed) {
@@ -314,8 +369,9 @@ TEST(DmsCompact, BadParamsAreNamed) {
 }
 
 TEST(DecodePrepare, EqualsCompactAndAppend) {
-  for (const int window : {0, 4}) {
-    auto cache = *KvCache::Create({.format = KvFormatId::kFp8,
+  for (const auto& [format, window] :
+       {std::pair(KvFormatId::kFp8, 0), {KvFormatId::kFp8, 4}, {KvFormatId::kInt8H, 4}}) {
+    auto cache = *KvCache::Create({.format = format,
                                    .num_layers = 1,
                                    .num_kv_heads = kKvHeads,
                                    .head_dim = kDim,
@@ -325,7 +381,7 @@ TEST(DecodePrepare, EqualsCompactAndAppend) {
                                    .poison = true});
     Fixture f;
     DmsCompactParams p = f.Params();
-    p.format = KvFormatId::kFp8;
+    p.format = format;
     p.rule.source = DecisionSource::kLogits;
     SequenceCache chunked = *cache->NewSequence();
     SequenceCache a = *cache->NewSequence();

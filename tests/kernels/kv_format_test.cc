@@ -39,10 +39,16 @@ float ScaleOf(const Stored& s, int part) {
 }
 
 TEST(KvFormat, Names) {
-  EXPECT_EQ(*ParseKvFormat("fp8"), KvFormatId::kFp8);
-  EXPECT_EQ(*ParseKvFormat("bf16"), KvFormatId::kBf16);
-  EXPECT_EQ(ParseKvFormat("int8").status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(KvFormatName(KvFormatId::kFp8), "fp8");
+  for (const KvFormat& format : kKvFormats) {
+    EXPECT_EQ(KvFormatOf(format.id).name, format.name);
+    EXPECT_EQ(*ParseKvFormat(format.name), format.id);
+  }
+  EXPECT_EQ(*ParseKvFormat("k8v8"), KvFormatId::kK8V8);
+  EXPECT_EQ(KvFormatName(KvFormatId::kInt8H), "int8h");
+  EXPECT_EQ(KvFormatName(*ParseKvFormat("best")), "int8h");
+  const absl::Status status = ParseKvFormat("int4").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "kv format \"int4\" is none of bf16, fp8, int8, int8h, k8v8, best");
 }
 
 TEST(KvFormat, Sizes) {
@@ -51,8 +57,11 @@ TEST(KvFormat, Sizes) {
   EXPECT_EQ(PageBytes(128), 8320u);
   for (int dim = 16; dim <= kMaxHeadDim; dim += 16) {
     EXPECT_TRUE(ValidateHeadDim(dim).ok());
-    EXPECT_EQ(SlotsPerPage(KvFormatId::kFp8, dim), 32) << dim;
-    EXPECT_EQ(SlotsPerPage(KvFormatId::kBf16, dim), dim == 16 ? 18 : dim == 32 ? 17 : 16) << dim;
+    for (const KvFormat& format : kKvFormats) {
+      const int bf16_slots = dim == 16 ? 18 : dim == 32 ? 17 : 16;
+      EXPECT_EQ(SlotsPerPage(format.id, dim), format.id == KvFormatId::kBf16 ? bf16_slots : 32);
+      EXPECT_LE(TokenBytes(format.id, dim), kMaxTokenBytes);
+    }
   }
   for (const int dim : {-16, 0, 8, 24, 100, 272}) {
     EXPECT_EQ(ValidateHeadDim(dim).code(), absl::StatusCode::kUnimplemented) << dim;
@@ -99,6 +108,50 @@ TEST(KvFormat, Fp8CodesAreE4m3OfTheQuotientAndScaleIsTheSmallest) {
   }
 }
 
+// K is int8 in all of these, V int8 or e4m3. The bounds: half a step of the scale,
+// whose quotient and product round once each, and the scale is 2^-10 above amax / 127
+// at most where it is a normal float16.
+TEST(KvFormat, Int8CodesAreTheNearestAndScaleIsTheSmallest) {
+  std::mt19937 rng(6);
+  std::normal_distribution<float> normal;
+  for (const KvFormatId id : {KvFormatId::kInt8, KvFormatId::kInt8H, KvFormatId::kK8V8}) {
+    for (int i = 0; i < 1000; ++i) {
+      std::vector<float> x(kDim);
+      const float size = std::ldexp(1.0f, static_cast<int>(rng() % 60) - 40);
+      float amax = 0.0f;
+      for (float& value : x) value = size * normal(rng);
+      for (const float value : x) amax = std::max(amax, std::fabs(value));
+      const Stored s = StoreAndLoad(id, x, x);
+      const float scale = ScaleOf(s, 0);
+      EXPECT_GT(scale, 0.0f);
+      EXPECT_GE(double{scale} * 127.0, double{amax});
+      const uint16_t below = static_cast<uint16_t>(ToHalf(scale) - 1);
+      EXPECT_LT(double{HalfToFloat(below)} * 127.0, double{amax});
+      if (scale >= 0x1p-14f) {
+        EXPECT_LE(double{scale}, double{amax} / 127 * (1 + 0x1p-10));
+      }
+      for (size_t d = 0; d < kDim; ++d) {
+        const int code = static_cast<int8_t>(s.row[d]);
+        ASSERT_EQ(code, static_cast<int>(std::nearbyint(x[d] / scale)));
+        ASSERT_LE(std::abs(code), 127);
+        ASSERT_EQ(s.k[d], static_cast<float>(code) * scale);
+        ASSERT_LE(std::fabs(double{s.k[d]} - double{x[d]}), double{scale} * (0.5 + 0x1p-16));
+        if (id != KvFormatId::kK8V8) {
+          ASSERT_EQ(s.v[d], s.k[d]);
+        }
+      }
+      if (id != KvFormatId::kK8V8) {
+        EXPECT_EQ(ScaleOf(s, 1), scale);
+        continue;
+      }
+      const Stored fp8 = StoreAndLoad(KvFormatId::kFp8, x, x);
+      EXPECT_TRUE(
+          std::equal(s.row.begin() + kDim, s.row.begin() + 2 * kDim, fp8.row.begin() + kDim));
+      EXPECT_TRUE(std::equal(s.v, s.v + kDim, fp8.v));
+    }
+  }
+}
+
 // 1.75 is 448 times a power of two, so it is stored exactly.
 TEST(KvFormat, ZeroRowStoresZeros) {
   const std::vector<float> zero(kDim, 0.0f), one(kDim, 1.75f);
@@ -118,6 +171,11 @@ TEST(KvFormat, HugeAndTinyValuesStayFinite) {
     EXPECT_EQ(s.k[d], 448.0f * 65504.0f);
     EXPECT_EQ(s.v[d], 0.0f);
   }
+  const Stored int8 = StoreAndLoad(KvFormatId::kInt8, huge, tiny);
+  for (int d = 0; d < kDim; ++d) {
+    EXPECT_EQ(int8.k[d], 127.0f * 65504.0f);
+    EXPECT_EQ(int8.v[d], 0.0f);
+  }
 }
 
 TEST(KvFormat, NotFiniteReadsAsNan) {
@@ -126,10 +184,12 @@ TEST(KvFormat, NotFiniteReadsAsNan) {
         -std::numeric_limits<float>::infinity()}) {
     std::vector<float> k(kDim, 1.0f), v(kDim, 1.75f);
     k[17] = bad;
-    const Stored s = StoreAndLoad(KvFormatId::kFp8, k, v);
-    for (int d = 0; d < kDim; ++d) {
-      EXPECT_TRUE(std::isnan(s.k[d]));
-      EXPECT_EQ(s.v[d], 1.75f);
+    for (const KvFormatId id : {KvFormatId::kFp8, KvFormatId::kK8V8}) {
+      const Stored s = StoreAndLoad(id, k, v);
+      for (int d = 0; d < kDim; ++d) {
+        EXPECT_TRUE(std::isnan(s.k[d]));
+        EXPECT_EQ(s.v[d], 1.75f);
+      }
     }
   }
 }
@@ -149,7 +209,7 @@ TEST(KvFormat, Bf16RoundsToNearest) {
 }
 
 TEST(KvFormat, SlotsOfAPageDoNotOverlap) {
-  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+  for (const auto& [format, name, k_element, v_element, rotated] : kKvFormats) {
     for (const int dim : {16, 64, 256}) {
       const int slots = SlotsPerPage(format, dim);
       const size_t bytes = TokenBytes(format, dim);
@@ -169,10 +229,10 @@ TEST(KvFormat, SlotsOfAPageDoNotOverlap) {
         EXPECT_EQ(row, rows[static_cast<size_t>(slot)]) << slot;
         // K rows, then V rows, then K scales, then V scales.
         const TokenRef ref = PageToken(format, dim, page.data(), slot);
-        const int64_t e = static_cast<int64_t>(KvElementBytes(format));
+        const int64_t e = format == KvFormatId::kBf16 ? 2 : 1;
         EXPECT_EQ(ref.k - page.data(), slot * dim * e);
         EXPECT_EQ(ref.v - page.data(), (slots + slot) * dim * e);
-        if (format == KvFormatId::kFp8) {
+        if (format != KvFormatId::kBf16) {
           EXPECT_EQ(ref.k_scale - page.data(), 2 * slots * dim + 2 * slot);
           EXPECT_EQ(ref.v_scale - page.data(), 2 * slots * dim + 2 * (slots + slot));
         }

@@ -32,15 +32,15 @@ TEST(KvCache, BudgetIsSpentAndNotExceeded) {
   }
 }
 
-TEST(KvCache, PageIsThirtyTwoFp8SlotsForEveryFormat) {
+TEST(KvCache, PageIsThirtyTwo8BitSlotsForEveryFormat) {
   EXPECT_EQ(kernels::PageBytes(128), 8320u);
-  for (const kernels::KvFormatId format : {kernels::KvFormatId::kFp8, kernels::KvFormatId::kBf16}) {
+  for (const kernels::KvFormat& format : kernels::kKvFormats) {
     KvCacheOptions options = Small();
-    options.format = format;
+    options.format = format.id;
     const auto cache = KvCache::Create(options);
     ASSERT_TRUE(cache.ok());
     EXPECT_EQ((*cache)->page_bytes(), 32u * (2 * 64 + 4));
-    EXPECT_EQ((*cache)->layout().slots_per_page, format == kernels::KvFormatId::kFp8 ? 32 : 16);
+    EXPECT_EQ((*cache)->layout().slots_per_page, format.name == "bf16" ? 16 : 32);
   }
 }
 
@@ -95,12 +95,25 @@ TEST(KvCache, UpperBoundsInPages) {
 }
 
 TEST(KvMode, NamesRoundTrip) {
-  for (const char* name : {"dms-fp8", "dms-bf16", "dense-fp8", "dense-bf16"}) {
+  for (const char* name :
+       {"dms-fp8", "dms-bf16", "dense-fp8", "dense-bf16", "dms-int8", "dms-int8h", "dense-k8v8"}) {
     const auto mode = ParseKvMode(name);
     ASSERT_TRUE(mode.ok()) << name;
     EXPECT_EQ(KvModeName(*mode), name);
   }
-  EXPECT_EQ(ParseKvMode("fp8").status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(KvModeNames().size(), 12u);
+  for (const std::string& name : KvModeNames()) EXPECT_TRUE(ParseKvMode(name).ok()) << name;
+  for (const char* name : {"fp8", "dms", "dms-", "dms-fp8x", "best", "dense_fp8", ""}) {
+    EXPECT_EQ(ParseKvMode(name).status().code(), absl::StatusCode::kInvalidArgument) << name;
+  }
+}
+
+TEST(KvMode, BestIsResolvedAndAFormatTakesPrecedence) {
+  EXPECT_EQ(KvModeName(*ParseKvMode("dms-best")), "dms-int8h");
+  EXPECT_EQ(KvModeName(*ParseKvMode("dense-fp8", "best")), "dense-int8h");
+  EXPECT_EQ(KvModeName(*ParseKvMode("dms-best", "k8v8")), "dms-k8v8");
+  EXPECT_EQ(ParseKvMode("dms-fp8", "fp4").status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ParseKvMode("fp8", "fp8").status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(LayoutFingerprint, NamesTheDifferingField) {

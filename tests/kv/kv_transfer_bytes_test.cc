@@ -47,9 +47,9 @@ std::vector<uint8_t> Exported(const SequenceCache& sequence, int layer) {
 TEST(KvTransferBytes, ImportedSequenceGoesOnAlike) {
   for (const int window : {0, 1, 40}) {
     for (const int shift : {0, 1}) {
-      for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
-        auto from = Cache(window, shift, format);
-        auto to = Cache(window, shift, format);
+      for (const kernels::KvFormat& format : kernels::kKvFormats) {
+        auto from = Cache(window, shift, format.id);
+        auto to = Cache(window, shift, format.id);
         TaggedTokens tokens(from->layout(), kHeads);
         SequenceCache a = *from->NewSequence();
         SequenceCache b = *to->NewSequence();

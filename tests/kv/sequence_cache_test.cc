@@ -103,7 +103,7 @@ TEST_P(RandomOperations, AgreeWithANaiveModel) {
   const int layers = pick(1, 3), heads = pick(1, 3);
   const int windows[] = {0, 1, 5, 31, 32, 33, 70};
   const int window = windows[pick(0, 6)], shift = pick(0, 1);
-  const KvFormatId format = pick(0, 1) == 0 ? KvFormatId::kFp8 : KvFormatId::kBf16;
+  const KvFormatId format = kernels::kKvFormats[pick(0, 4)].id;
   auto cache = *KvCache::Create({.format = format,
                                  .num_layers = layers,
                                  .num_kv_heads = heads,

@@ -21,7 +21,7 @@ TEST(SmolLm2Order, ChunksAndThreadsChangeNoBit) {
   if (adapter) {
     dms = MustLoad(*dir, std::filesystem::path(*adapter).parent_path());
   }
-  for (const char* mode : {"dense-bf16", "dense-fp8", "dms-bf16", "dms-fp8"}) {
+  for (const char* mode : {"dense-bf16", "dense-fp8", "dms-bf16", "dms-fp8", "dms-best"}) {
     const bool is_dms = std::string(mode).rfind("dms", 0) == 0;
     if (is_dms && dms == nullptr) continue;
     // Past the window of 256, so that something is evicted, and past a chunk of 512.

@@ -49,7 +49,7 @@ int32_t EncodeE4m3(float x) {
 int32_t EncodeInt8(float x) {
   // Floats from 2^23 to 2^24 are the integers there, rounded to by the addition.
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
-  return std::bit_cast<int32_t>(std::clamp(x, -127.0f, 127.0f) + kShift) -
+  return std::bit_cast<int32_t>(std::min(std::max(x, -127.0f), 127.0f) + kShift) -
          std::bit_cast<int32_t>(kShift);
 }
 

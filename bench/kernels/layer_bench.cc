@@ -4,7 +4,7 @@
 // Microseconds an op, best of several repetitions, and the share of the sum.
 // One layer's weights and cache stay in the caches: a model's do not.
 //
-//   layer_bench [threads] [tokens] [fp8|bf16] [depth]     default: 2 512 fp8 0
+//   layer_bench [threads] [tokens] [FORMAT] [depth]     default: 2 512 fp8 0
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -112,8 +112,7 @@ class DeepSpans {
 int Main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 2;
   const int m = argc > 2 ? std::max(1, std::atoi(argv[2])) : 512;
-  const KvFormatId format =
-      argc > 3 && std::string(argv[3]) == "bf16" ? KvFormatId::kBf16 : KvFormatId::kFp8;
+  const KvFormatId format = ParseKvFormat(argc > 3 ? argv[3] : "fp8").value();
   const int depth = argc > 4 ? std::max(0, std::atoi(argv[4])) : 0;
   ThreadPool pool(threads);
   const size_t rows = static_cast<size_t>(m);
@@ -232,7 +231,7 @@ int Main(int argc, char** argv) {
     sum += us.back();
   }
   std::printf("%d tokens, depth %d, %d threads, %s, path %s\n", m, depth, threads,
-              format == KvFormatId::kFp8 ? "fp8" : "bf16", GemmPathName());
+              std::string(KvFormatName(format)).c_str(), GemmPathName());
   for (size_t i = 0; i < us.size(); ++i) {
     std::printf("%-14s %10.1f us %5.1f %%\n", ops[i].name, us[i], 100.0 * us[i] / sum);
   }

@@ -37,6 +37,8 @@ TEST(FingerprintTest, RefusalNamesTheFieldAndBothValues) {
       {"head_dim: ours is 64, the peer's 128", [](auto* f) { f->set_head_dim(128); }},
       {"kv_mode: ours is dms-fp8, the peer's dense-fp8",
        [](auto* f) { f->set_kv_mode("dense-fp8"); }},
+      {"kv_mode: ours is dms-fp8, the peer's dms-int8h",
+       [](auto* f) { f->set_kv_mode("dms-int8h"); }},
       {"window: ours is 16, the peer's 32", [](auto* f) { f->set_window(32); }},
       {"decision_shift: ours is 1, the peer's 0", [](auto* f) { f->set_decision_shift(0); }},
       {"weights_digest: ours is 00000009", [](auto* f) { (*f->mutable_weights_digest())[0] = 1; }},

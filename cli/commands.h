@@ -8,5 +8,6 @@ int RunGenerate(int argc, char** argv, int first);
 int RunModels(int argc, char** argv, int first);
 int RunBench(int argc, char** argv, int first);
 int RunEval(int argc, char** argv, int first);
+int RunNiah(int argc, char** argv, int first);
 
 }  // namespace winnow::cli

@@ -18,6 +18,7 @@ constexpr Command kCommands[] = {
     {"models", "list the models in the cache folder", winnow::cli::RunModels},
     {"bench", "time the engine in this process", winnow::cli::RunBench},
     {"eval", "score a text in several KV cache modes", winnow::cli::RunEval},
+    {"niah", "find needles in long texts, in several KV cache modes", winnow::cli::RunNiah},
 };
 
 void PrintUsage(FILE* out) {

@@ -25,7 +25,7 @@ DecodeLoop::DecodeLoop(const Options& options, const Clock* clock, Runtime* runt
       cache_(runtime->cache()),
       receiver_(options.receiver, clock, runtime->cache(), ring, this),
       engine_(runtime->NewEngine(this, options.max_open)),
-      queue_(static_cast<size_t>(options.max_open)),
+      intake_(options.max_open),
       tokens_total_(metrics->Counter("winnow_decode_tokens_total", "Tokens generated")),
       transferred_total_(metrics->Counter("winnow_kv_transfer_bytes_total",
                                           "Payload bytes of KV transfers that completed")),
@@ -38,9 +38,7 @@ DecodeLoop::DecodeLoop(const Options& options, const Clock* clock, Runtime* runt
 }
 
 DecodeLoop::~DecodeLoop() {
-  draining_ = true;
-  stop_ = true;
-  queue_.Close();
+  intake_.Stop();
   thread_.join();
 }
 
@@ -60,43 +58,18 @@ TransferContext DecodeLoop::MakeTransferContext(const WorkerBase& base) {
 
 absl::StatusOr<uint64_t> DecodeLoop::Submit(SequenceRequest request,
                                             std::shared_ptr<TokenSink> sink) {
-  if (draining_) {
-    return WithReason(absl::UnavailableError("the worker is draining"), v1::ERROR_REASON_DRAINING);
-  }
-  // Counted first, so that open_requests() never misses one.
-  if (open_.fetch_add(1) >= options_.max_open) {
-    --open_;
-    return WithReason(
-        absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " requests are open")),
-        v1::ERROR_REASON_QUEUE_FULL, absl::Seconds(1));
-  }
   auto open = std::make_unique<Open>();
-  const uint64_t id = next_id_++;
-  open->id = id;
   open->request = std::move(request);
-  open->request.request.id = id;
   open->sink = std::move(sink);
-  if (!queue_.TryPush(std::move(open))) {
-    --open_;
-    return absl::UnavailableError("the worker is shutting down");
-  }
-  return id;
-}
-
-void DecodeLoop::Cancel(uint64_t id) {
-  {
-    MutexLock lock(&cancel_mu_);
-    cancels_.push_back(id);
-  }
-  queue_.Wake();
+  return intake_.Submit(std::move(open));
 }
 
 void DecodeLoop::Run() {
-  while (!stop_) {
+  while (!intake_.stopping()) {
     bool worked = false;
     // First the cancels: their requests were pushed before, so they are started below.
-    const std::vector<uint64_t> cancels = TakeCancels();
-    for (OpenPtr& open : queue_.PopAll(absl::ZeroDuration())) {
+    const std::vector<uint64_t> cancels = intake_.TakeCancels();
+    for (OpenPtr& open : intake_.PopAll(absl::ZeroDuration())) {
       Start(std::move(open));
       worked = true;
     }
@@ -113,14 +86,11 @@ void DecodeLoop::Run() {
       }
     }
     PublishLoad();
-    if (worked || stop_) continue;
-    for (OpenPtr& open : queue_.PopAll(kIdleWait)) Start(std::move(open));
+    if (worked || intake_.stopping()) continue;
+    for (OpenPtr& open : intake_.PopAll(kIdleWait)) Start(std::move(open));
   }
   const absl::Status why = absl::UnavailableError("the worker is shutting down");
-  for (OpenPtr& open : queue_.PopAll(absl::ZeroDuration())) {
-    open->sink->OnFailed(why);
-    --open_;
-  }
+  intake_.FailQueued(why);
   receiver_.Close();
   while (!open_requests_.empty()) {
     EndEverywhere(open_requests_.begin()->first, why);
@@ -144,11 +114,6 @@ void DecodeLoop::Start(OpenPtr open) {
   if (!status.ok()) End(id, status);
 }
 
-std::vector<uint64_t> DecodeLoop::TakeCancels() {
-  MutexLock lock(&cancel_mu_);
-  return std::exchange(cancels_, {});
-}
-
 void DecodeLoop::EndEverywhere(uint64_t id, const absl::Status& why) {
   receiver_.Forget(id, why);
   End(id, why);
@@ -160,7 +125,7 @@ void DecodeLoop::End(uint64_t id, const absl::Status& status) {
   if (it == open_requests_.end()) return;
   const OpenPtr open = std::move(it->second);
   open_requests_.erase(it);
-  --open_;
+  intake_.Ended();
   LogLine(absl::IsCancelled(status) ? LogLevel::kInfo : LogLevel::kWarning, "request_failed",
           absl::StrCat(LogField("request_id", open->request.request_id),
                        LogField("status", StatusText(status))));
@@ -178,7 +143,7 @@ void DecodeLoop::OnFinished(uint64_t id, FinishReason reason, const KvUsage& usa
   if (it == open_requests_.end()) return;
   const OpenPtr open = std::move(it->second);
   open_requests_.erase(it);
-  --open_;
+  intake_.Ended();
   open->sink->OnFinished(reason, usage, open->transferred_bytes);
 }
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -8,10 +7,10 @@
 #include <thread>
 #include <vector>
 
-#include "common/base/bounded_queue.h"
 #include "common/engine/engine.h"
 #include "common/engine/runtime.h"
 #include "common/metrics/metrics.h"
+#include "common/worker/intake.h"
 #include "common/worker/worker_base.h"
 #include "common/worker/worker_load.h"
 #include "decode_worker/decode_engine.h"
@@ -41,17 +40,17 @@ class DecodeLoop final : public DecodeEngine, private EventSink, private KvRecei
   // DecodeEngine:
   absl::StatusOr<uint64_t> Submit(SequenceRequest request,
                                   std::shared_ptr<TokenSink> sink) override;
-  void Cancel(uint64_t id) override;
+  void Cancel(uint64_t id) override { intake_.Cancel(id); }
 
   KvReceiver* receiver() { return &receiver_; }
   // What transfers to this worker are checked against.
   TransferContext MakeTransferContext(const WorkerBase& base);
   // The thread has something to do.
-  void Wake() { queue_.Wake(); }
+  void Wake() { intake_.Wake(); }
   // Refuses new requests from now on.
-  void StartDraining() { draining_ = true; }
-  bool draining() const { return draining_; }
-  int open_requests() const { return open_; }
+  void StartDraining() { intake_.StartDraining(); }
+  bool draining() const { return intake_.draining(); }
+  int open_requests() const { return intake_.open_requests(); }
   WorkerLoad load() const { return load_.Get(); }
 
  private:
@@ -66,7 +65,6 @@ class DecodeLoop final : public DecodeEngine, private EventSink, private KvRecei
 
   void Run();
   void Start(OpenPtr open);
-  std::vector<uint64_t> TakeCancels();
   // Ends a request wherever it is; its memory is free on return.
   void EndEverywhere(uint64_t id, const absl::Status& why);
   void PublishLoad();
@@ -90,13 +88,7 @@ class DecodeLoop final : public DecodeEngine, private EventSink, private KvRecei
   const std::unique_ptr<Engine> engine_;
   std::map<uint64_t, OpenPtr> open_requests_;  // engine thread's
 
-  BoundedQueue<OpenPtr> queue_;
-  Mutex cancel_mu_;
-  std::vector<uint64_t> cancels_ ABSL_GUARDED_BY(cancel_mu_);
-  std::atomic<uint64_t> next_id_{1};
-  std::atomic<int> open_{0};
-  std::atomic<bool> draining_{false};
-  std::atomic<bool> stop_{false};
+  Intake<Open> intake_;
   WorkerLoadCell load_;
 
   prometheus::Counter* const tokens_total_;

@@ -25,7 +25,7 @@ PrefillLoop::PrefillLoop(const Options& options, Runtime* runtime, StagingRing* 
       cache_(runtime->cache()),
       ring_(ring),
       engine_(runtime->NewEngine(this, options.max_open)),
-      queue_(static_cast<size_t>(options.max_open)),
+      intake_(options.max_open),
       prompt_tokens_total_(
           metrics->Counter("winnow_prefill_tokens_total", "Prompt tokens computed")),
       transferred_total_(metrics->Counter("winnow_kv_transfer_bytes_total",
@@ -47,57 +47,25 @@ void PrefillLoop::Start(KvSender* sender) {
 PrefillLoop::~PrefillLoop() { Stop(); }
 
 void PrefillLoop::Stop() {
-  draining_ = true;
-  stop_ = true;
-  queue_.Close();
+  intake_.Stop();
   if (thread_.joinable()) thread_.join();
 }
 
 absl::StatusOr<uint64_t> PrefillLoop::Submit(PromptRequest request,
                                              std::shared_ptr<PromptSink> sink) {
-  if (draining_) {
-    return WithReason(absl::UnavailableError("the worker is draining"), v1::ERROR_REASON_DRAINING);
-  }
-  // Counted first, so that open_requests() never misses one.
-  if (open_.fetch_add(1) >= options_.max_open) {
-    --open_;
-    return WithReason(
-        absl::ResourceExhaustedError(absl::StrCat(options_.max_open, " prompts are open")),
-        v1::ERROR_REASON_QUEUE_FULL, absl::Seconds(1));
-  }
   auto open = std::make_unique<Open>();
-  const uint64_t id = next_id_++;
-  open->id = id;
   open->request = std::move(request);
-  open->request.request.id = id;
   open->request.request.prefill_only = true;
   open->sink = std::move(sink);
-  if (!queue_.TryPush(std::move(open))) {
-    --open_;
-    return absl::UnavailableError("the worker is shutting down");
-  }
-  return id;
-}
-
-void PrefillLoop::Cancel(uint64_t id) {
-  {
-    MutexLock lock(&cancel_mu_);
-    cancels_.push_back(id);
-  }
-  queue_.Wake();
-}
-
-std::vector<uint64_t> PrefillLoop::TakeCancels() {
-  MutexLock lock(&cancel_mu_);
-  return std::exchange(cancels_, {});
+  return intake_.Submit(std::move(open));
 }
 
 void PrefillLoop::Run() {
-  while (!stop_) {
+  while (!intake_.stopping()) {
     bool worked = false;
     // First the cancels: their prompts were pushed before, so they are started below.
-    const std::vector<uint64_t> cancels = TakeCancels();
-    for (OpenPtr& open : queue_.PopAll(absl::ZeroDuration())) {
+    const std::vector<uint64_t> cancels = intake_.TakeCancels();
+    for (OpenPtr& open : intake_.PopAll(absl::ZeroDuration())) {
       StartPrompt(std::move(open));
       worked = true;
     }
@@ -112,14 +80,11 @@ void PrefillLoop::Run() {
       }
     }
     PublishLoad();
-    if (worked || stop_) continue;
-    for (OpenPtr& open : queue_.PopAll(kIdleWait)) StartPrompt(std::move(open));
+    if (worked || intake_.stopping()) continue;
+    for (OpenPtr& open : intake_.PopAll(kIdleWait)) StartPrompt(std::move(open));
   }
   const absl::Status why = absl::UnavailableError("the worker is shutting down");
-  for (OpenPtr& open : queue_.PopAll(absl::ZeroDuration())) {
-    open->sink->OnFailed(why);
-    --open_;
-  }
+  intake_.FailQueued(why);
   while (!open_prompts_.empty()) End(open_prompts_.begin()->first, why);
   DropNeedless(absl::InfiniteFuture());
   PublishLoad();
@@ -153,7 +118,7 @@ PrefillLoop::OpenPtr PrefillLoop::Remove(uint64_t id) {
   if (it == open_prompts_.end()) return nullptr;
   OpenPtr open = std::move(it->second);
   open_prompts_.erase(it);
-  --open_;
+  intake_.Ended();
   return open;
 }
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -9,11 +8,11 @@
 #include <thread>
 #include <vector>
 
-#include "common/base/bounded_queue.h"
 #include "common/engine/engine.h"
 #include "common/engine/runtime.h"
 #include "common/metrics/metrics.h"
 #include "common/transport/staging.h"
+#include "common/worker/intake.h"
 #include "common/worker/worker_load.h"
 #include "prefill_worker/kv_sender.h"
 #include "prefill_worker/prefill_engine.h"
@@ -46,14 +45,14 @@ class PrefillLoop final : public PrefillEngine, private EventSink {
 
   // PrefillEngine:
   absl::StatusOr<uint64_t> Submit(PromptRequest request, std::shared_ptr<PromptSink> sink) override;
-  void Cancel(uint64_t id) override;
+  void Cancel(uint64_t id) override { intake_.Cancel(id); }
 
   // The thread has something to do.
-  void Wake() { queue_.Wake(); }
+  void Wake() { intake_.Wake(); }
   // Refuses new prompts from now on.
-  void StartDraining() { draining_ = true; }
-  bool draining() const { return draining_; }
-  int open_requests() const { return open_; }
+  void StartDraining() { intake_.StartDraining(); }
+  bool draining() const { return intake_.draining(); }
+  int open_requests() const { return intake_.open_requests(); }
   WorkerLoad load() const { return load_.Get(); }
 
  private:
@@ -79,7 +78,6 @@ class PrefillLoop final : public PrefillEngine, private EventSink {
 
   void Run();
   void StartPrompt(OpenPtr open);
-  std::vector<uint64_t> TakeCancels();
   // Packs what is final and finds a slot: layers [packed_layers, end_layer) of `cache`.
   void Pack(Open* open, int end_layer, const SequenceCache& cache);
   bool PackSegment(Open* open, const SequenceCache& cache);
@@ -108,13 +106,7 @@ class PrefillLoop final : public PrefillEngine, private EventSink {
   std::list<Needless> needless_;              // likewise
   uint64_t sent_bytes_ = 0;                   // likewise
 
-  BoundedQueue<OpenPtr> queue_;
-  Mutex cancel_mu_;
-  std::vector<uint64_t> cancels_ ABSL_GUARDED_BY(cancel_mu_);
-  std::atomic<uint64_t> next_id_{1};
-  std::atomic<int> open_{0};
-  std::atomic<bool> draining_{false};
-  std::atomic<bool> stop_{false};
+  Intake<Open> intake_;
   WorkerLoadCell load_;
 
   prometheus::Counter* const prompt_tokens_total_;

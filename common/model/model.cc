@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/tensor/small_file.h"
+#include "kernels/kv_format.h"
 
 namespace winnow {
 namespace {
@@ -71,6 +72,7 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& model_dir,
   }
   std::unique_ptr<Model> model(new Model());
   WINNOW_ASSIGN_OR_RETURN(model->config_, LoadModelConfig(model_dir));
+  WINNOW_RETURN_IF_ERROR(kernels::ValidateHeadDim(model->config_.head_dim));
   WINNOW_ASSIGN_OR_RETURN(model->dms_,
                           LoadDmsConfig(model_dir, adapter_dir, model->config_.has_q_norm));
   WINNOW_ASSIGN_OR_RETURN(const auto tensors, TensorFiles::OpenModel(model_dir));

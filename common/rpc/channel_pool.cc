@@ -3,7 +3,7 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 
-#include <vector>
+#include "common/rpc/callback_queue.h"
 
 namespace winnow {
 
@@ -25,19 +25,7 @@ grpc::ChannelArguments WorkerChannelArguments() {
   return args;
 }
 
-namespace {
-
-// gRPC 1.51 shares one completion queue between all callback calls of a process and frees
-// it, twice if two of its threads race, when the last channel or server that used it goes
-// (AddressSanitizer: grpc_cq_internal_unref). A channel that stays keeps it from going.
-void KeepForever(const std::shared_ptr<grpc::Channel>& channel) {
-  static Mutex* const mu = new Mutex;
-  static auto* const kept = new std::vector<std::shared_ptr<grpc::Channel>>;
-  MutexLock lock(mu);
-  kept->push_back(channel);
-}
-
-}  // namespace
+ChannelPool::ChannelPool() { KeepCallbackQueue(); }
 
 std::shared_ptr<grpc::Channel> ChannelPool::Get(const std::string& target) {
   MutexLock lock(&mu_);
@@ -45,7 +33,6 @@ std::shared_ptr<grpc::Channel> ChannelPool::Get(const std::string& target) {
   if (channel == nullptr) {
     channel = grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(),
                                         WorkerChannelArguments());
-    KeepForever(channel);
   }
   return channel;
 }

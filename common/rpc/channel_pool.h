@@ -29,6 +29,7 @@ inline constexpr int kKeepaliveTimeoutMs = 3000;
 // One plaintext channel a peer, made on first use. Thread-safe.
 class ChannelPool {
  public:
+  ChannelPool();
   // `target` is HOST:PORT. The channel connects by itself and reconnects for ever.
   std::shared_ptr<grpc::Channel> Get(const std::string& target);
 

@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/log.h"
+#include "common/rpc/callback_queue.h"
 #include "common/rpc/channel_pool.h"
 
 namespace winnow {
@@ -84,6 +85,7 @@ void BlockShutdownSignals() {
 
 absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
     const config::ServerConfig& config, const std::vector<ServedService>& services) {
+  KeepCallbackQueue();
   auto target = config::ParseHostPort(config.listen);
   if (!target.ok()) {
     return absl::InvalidArgumentError(

@@ -12,7 +12,8 @@ namespace {
 class EqualityTest : public ::testing::TestWithParam<EqualityCase> {};
 
 TEST_P(EqualityTest, ThreeProcessesGiveTheTokensOfOne) {
-  const TinyServed model;
+  // Tied embeddings make a random model repeat its last token.
+  const TinyServed model({.tie_embeddings = false});
   ExpectThreeProcessesEqualOne(model.dir(), model.adapter_dir(), GetParam());
 }
 

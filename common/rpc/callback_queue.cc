@@ -13,7 +13,8 @@ namespace winnow {
 void KeepCallbackQueue() {
   // Without credentials gRPC makes a channel that refuses every call without connecting.
   // Its one call is what ties it to the queue.
-  static const std::shared_ptr<grpc::Channel>* const kept = [] {
+  // Volatile: a leak checker must find it.
+  static const std::shared_ptr<grpc::Channel>* const volatile kept = [] {
     auto* channel = new std::shared_ptr<grpc::Channel>(grpc::CreateChannel("none", nullptr));
     grpc::GenericStub stub(*channel);
     grpc::ClientContext context;

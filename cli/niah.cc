@@ -30,7 +30,8 @@ namespace {
 struct NiahFlags {
   std::string protocol = "grid";
   std::string model = "default", adapter = "none", modes = "dense-fp8";
-  std::string filler, lengths = "1024,2048,4096,8192", depths = "11", kinds = "single,facts";
+  std::string ask = "raw", filler, lengths = "1024,2048,4096,8192", depths = "11",
+              kinds = "single,facts";
   std::string tasks_in, tasks_out, resume, json;
   std::optional<int> tasks;
   int needles = 3, iterations = 3, seed = 1;
@@ -59,6 +60,9 @@ config::FlagSet MakeFlags(NiahFlags* f) {
   flags.AddString("kinds", &f->kinds,
                   "grid: comma list of single (one number), facts (three kinds of facts, one asked "
                   "for) and multi (--needles numbers, all asked for)");
+  flags.AddChoice("ask", &f->ask, {"raw", "chat"},
+                  "grid: the prompt is a raw text that ends where a needle's answer begins, which "
+                  "small models read best, or a question in the model's chat template");
   flags.AddInt("needles", &f->needles, 1, kMaxNumberFacts, "grid: numbers in a multi task");
   flags.AddOptionalInt("tasks", &f->tasks, 1, 1000000,
                        "grid: tasks a length (40 unless set); with --tasks-in at most the first "
@@ -153,6 +157,7 @@ absl::StatusOr<std::vector<NiahTask>> GridTasks(const NiahFlags& f, bool lengths
   NiahTaskOptions options{.lengths = std::move(lengths),
                           .tasks = f.tasks.value_or(40),
                           .kinds = absl::StrSplit(f.kinds, ',', absl::SkipEmpty()),
+                          .form = f.ask == "chat" ? prompts.short_form() : PromptForm::kRaw,
                           .needles = f.needles,
                           .max_new_tokens = f.max_new_tokens,
                           .seed = static_cast<uint64_t>(f.seed)};
@@ -232,7 +237,7 @@ int RunNiah(int argc, char** argv, int first) {
   SetLogLevel(LogLevel::kWarning);
   const bool original = values.protocol == "original";
   for (const char* name :
-       {"depths", "kinds", "needles", "tasks", "tasks-in", "tasks-out", "resume"}) {
+       {"ask", "depths", "kinds", "needles", "tasks", "tasks-in", "tasks-out", "resume"}) {
     if (original && flags.IsSet(name)) {
       std::fprintf(stderr, "winnow niah: --%s is of --protocol grid\n", name);
       return 2;

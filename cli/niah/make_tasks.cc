@@ -123,12 +123,14 @@ bool EachAnswerOnce(const std::string& text, const std::vector<std::string>& ans
 }
 
 // Fills `task` but for its answers' being in the filler too: then false.
-absl::StatusOr<bool> Build(const Plan& plan, const PromptMaker& prompts, uint32_t begin,
-                           Haystack* hay, NiahTask* task) {
-  const PromptForm form = prompts.default_form();
+absl::StatusOr<bool> Build(const Plan& plan, PromptForm form, const PromptMaker& prompts,
+                           uint32_t begin, Haystack* hay, NiahTask* task) {
+  const std::string ask =
+      form == PromptForm::kRaw
+          ? ""
+          : "\n\nAnswer the question with words of the text above. " + plan.question;
   const auto parts = [&](const std::string& context) {
-    return PromptParts{.content = absl::StrCat(context, "\n\n", plan.question),
-                       .answer_start = plan.answer_start};
+    return PromptParts{.content = context + ask, .answer_start = plan.answer_start};
   };
   const int limit = task->context - task->max_new_tokens;
   WINNOW_ASSIGN_OR_RETURN(const std::vector<int32_t> frame, prompts.Encode(form, parts("")));
@@ -214,7 +216,7 @@ absl::StatusOr<std::vector<NiahTask>> MakeTasks(const NiahTaskOptions& options,
       for (int attempt = 0; attempt < kAttempts && !built; ++attempt) {
         const Plan plan = DrawPlan(task.kind, task.depth, options.needles, &random);
         const uint32_t begin = random.Below(hay.size());
-        WINNOW_ASSIGN_OR_RETURN(built, Build(plan, prompts, begin, &hay, &task));
+        WINNOW_ASSIGN_OR_RETURN(built, Build(plan, options.form, prompts, begin, &hay, &task));
       }
       if (!built) {
         return absl::InvalidArgumentError(

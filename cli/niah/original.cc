@@ -179,7 +179,7 @@ absl::StatusOr<Json> RunOriginal(const OriginalOptions& options, const PromptMak
     std::fprintf(stderr,
                  "the model's template does not know enable_thinking: one form (%s) instead of "
                  "think and no_think\n",
-                 FormName(prompts.default_form()).c_str());
+                 FormName(prompts.short_form()).c_str());
   }
   std::vector<Cell> cells;
   int max_len = 2;

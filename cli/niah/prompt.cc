@@ -58,7 +58,7 @@ absl::StatusOr<std::string> PromptMaker::Text(PromptForm form, const PromptParts
   switch (form) {
     case PromptForm::kRaw:
       return absl::StrCat(parts.system, parts.system.empty() ? "" : "\n\n", parts.content,
-                          "\nAnswer:", parts.answer_start.empty() ? "" : " ", parts.answer_start);
+                          parts.answer_start.empty() ? "\nAnswer:" : "\n\n", parts.answer_start);
     case PromptForm::kChat: {
       std::vector<ChatMessage> messages;
       if (!parts.system.empty()) messages.push_back({.role = "system", .content = parts.system});

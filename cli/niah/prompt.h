@@ -24,9 +24,11 @@ std::string FormName(PromptForm form);
 
 // A prompt in parts, before it is known how the model is asked.
 struct PromptParts {
-  std::string system;        // "": the template's own
-  std::string content;       // what the user writes, question included
-  std::string answer_start;  // the answer's first words; kRaw and kChat end with them
+  std::string system;   // "": the template's own
+  std::string content;  // what the user writes, question included
+  // The answer's first words. kRaw and kChat end with them; without any, kRaw ends with
+  // "Answer:".
+  std::string answer_start;
 };
 
 // The text side of a model: tokenizer, chat template, configuration.
@@ -38,8 +40,8 @@ class PromptMaker {
   // What the model can be asked in: kThink and kNoThink if its template knows
   // enable_thinking, else kChat if the template is known, else kRaw.
   const std::vector<PromptForm>& forms() const { return forms_; }
-  // The one for short answers: the last of forms().
-  PromptForm default_form() const { return forms_.back(); }
+  // The one of them for short answers.
+  PromptForm short_form() const { return forms_.back(); }
 
   // The prompt as text, then as ids. `form` is one of forms(), or kRaw.
   absl::StatusOr<std::string> Text(PromptForm form, const PromptParts& parts) const;

@@ -40,6 +40,9 @@ struct NiahTaskOptions {
   // Taken in turn: "single" is one number; "facts" are three facts of different kinds
   // of which one is asked for; "multi" are `needles` numbers, all asked for.
   std::vector<std::string> kinds = {"single", "facts"};
+  // kRaw, or PromptMaker::short_form() with a question. A raw prompt is a text whose last
+  // words are those of the needle in front of the answer; small models read it best.
+  PromptForm form = PromptForm::kRaw;
   int needles = 3;         // of "multi"; [1, kMaxNumberFacts]
   int max_new_tokens = 0;  // 0: 24, and 12 more for each further needle of "multi"
   uint64_t seed = 1;

@@ -36,9 +36,9 @@ TEST(NiahCommand, HelpNamesEachFlag) {
   const Outcome help = Niah({"--help"});
   EXPECT_EQ(help.code, 0);
   for (const char* flag :
-       {"protocol", "model", "adapter", "modes", "filler", "lengths", "depths", "kinds", "needles",
-        "tasks", "tasks-out", "tasks-in", "resume", "iterations", "seed", "max-new-tokens",
-        "prefill-chunk", "threads", "json"}) {
+       {"protocol",   "model", "adapter",        "modes",         "filler",    "lengths",  "depths",
+        "kinds",      "ask",   "needles",        "tasks",         "tasks-out", "tasks-in", "resume",
+        "iterations", "seed",  "max-new-tokens", "prefill-chunk", "threads",   "json"}) {
     EXPECT_THAT(help.out, HasSubstr(std::string("  --") + flag)) << flag;
   }
 }

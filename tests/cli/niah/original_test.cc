@@ -30,12 +30,13 @@ TEST(Prompt, FormsFollowTheTemplate) {
   EXPECT_EQ(chat.Text(PromptForm::kChat, parts).value(),
             "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\nAsk<|im_end|>\n"
             "<|im_start|>assistant\nIt is");
-  EXPECT_EQ(chat.Text(PromptForm::kRaw, parts).value(), "Sys\n\nAsk\nAnswer: It is");
+  EXPECT_EQ(chat.Text(PromptForm::kRaw, parts).value(), "Sys\n\nAsk\n\nIt is");
+  EXPECT_EQ(chat.Text(PromptForm::kRaw, {.content = "Ask"}).value(), "Ask\nAnswer:");
 
   LetItThink(model.dir());
   const PromptMaker thinks = PromptMaker::Load(model.dir()).value();
   EXPECT_THAT(thinks.forms(), ::testing::ElementsAre(PromptForm::kThink, PromptForm::kNoThink));
-  EXPECT_EQ(thinks.default_form(), PromptForm::kNoThink);
+  EXPECT_EQ(thinks.short_form(), PromptForm::kNoThink);
   const std::string think = thinks.Text(PromptForm::kThink, parts).value();
   EXPECT_EQ(think,
             "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\nAsk<|im_end|>\n"
@@ -43,7 +44,7 @@ TEST(Prompt, FormsFollowTheTemplate) {
   EXPECT_EQ(thinks.Text(PromptForm::kNoThink, parts).value(), think + "<think>\n\n</think>\n\n");
 
   std::ofstream(model.dir() + "/chat_template.jinja") << "{{ something.else }}";
-  EXPECT_EQ(PromptMaker::Load(model.dir()).value().default_form(), PromptForm::kRaw);
+  EXPECT_EQ(PromptMaker::Load(model.dir()).value().short_form(), PromptForm::kRaw);
 }
 
 TEST(Original, NeedleIsAParagraphAboutTheMiddle) {

@@ -27,6 +27,7 @@ class Tasks : public ::testing::Test {
     NiahTaskOptions options{.lengths = {900, 2048}, .tasks = 12, .seed = 7};
     for (int i = 0; i <= 4; ++i) options.depths.push_back(i / 4.0);
     options.kinds = {"single", "facts", "multi"};
+    options.form = PromptForm::kChat;
     return options;
   }
   std::vector<NiahTask> Make(const NiahTaskOptions& options) const {
@@ -70,7 +71,7 @@ TEST_F(Tasks, NeedlesAreAtTheirDepthBetweenSentences) {
   options.kinds = {"single"};
   for (const NiahTask& task : Make(options)) {
     const std::string text = Text(task);
-    const std::string user = "<|im_start|>user\n", question = "\n\nWhat is the secret number";
+    const std::string user = "<|im_start|>user\n", question = "\n\nAnswer the question with words";
     const size_t begin = text.find(user) + user.size(), end = text.find(question);
     const std::string context = text.substr(begin, end - begin);
     const size_t at = context.find("The secret number of the ");
@@ -87,6 +88,20 @@ TEST_F(Tasks, NeedlesAreAtTheirDepthBetweenSentences) {
     }
     // The answer follows the prompt directly.
     EXPECT_THAT(text, ::testing::EndsWith(context.substr(at, size - 7)));
+  }
+}
+
+TEST_F(Tasks, RawPromptsEndWithTheAnswersFirstWords) {
+  NiahTaskOptions options = Options();
+  options.form = PromptForm::kRaw;
+  for (const NiahTask& task : Make(options)) {
+    const std::string text = Text(task);
+    EXPECT_EQ(text.find("<|im_start|>"), text.npos);
+    EXPECT_EQ(text.find('?', text.rfind("\n\n")), text.npos);
+    if (task.kind == "multi") continue;
+    // The needle up to the answer is what the prompt ends with.
+    const std::string start = text.substr(text.rfind("\n\n") + 2);
+    EXPECT_NE(text.find(start + " " + task.answers[0] + "."), text.npos) << start;
   }
 }
 

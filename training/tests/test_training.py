@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,13 +7,13 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import write_model
-from winnow_training.adapter import read_adapter, save_adapter
+from winnow_training.adapter import adapter_metadata, load_student, read_adapter, save_adapter, save_checkpoint
 from winnow_training.config import SourceConfig, TrainConfig, load_config
 from winnow_training.data import write_tokens
 from winnow_training.evaluate import live_tokens
 from winnow_training.gate import Relaxation, Schedule, far_bias, hard_bias, hard_rate, relax
 from winnow_training.loss import forward_kl
-from winnow_training.model import Gate, Model
+from winnow_training.model import Gate, Model, Update, model_directory
 from winnow_training.train import CHECKPOINT, Trainer, build_stream, train
 
 CPU = torch.device("cpu")
@@ -34,7 +35,8 @@ def data(tmp_path):
 
 def trainer(config, tiny, data):
   torch.manual_seed(config.seed)
-  model = Model.load(tiny, CPU, torch.float32, config.lora_rank, config.lora_alpha)
+  update = Update(config.rank, config.lora_alpha, config.tune == "full", config.gate == "borrowed")
+  model = Model.load(tiny, CPU, torch.float32, update)
   return Trainer(config, model, build_stream(config, data, Tokenizer.from_file(str(tiny / "tokenizer.json"))), CPU)
 
 
@@ -87,7 +89,7 @@ def test_forward_kl_and_its_gradient():
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_untrained_student_equals_the_base(tmp_path, kind):
   """Zero heads keep every token (logit -5), a zero B changes no weight."""
-  model = Model.load(write_model(tmp_path / kind, model_type=kind), CPU, torch.float32, 2, 4.0)
+  model = Model.load(write_model(tmp_path / kind, model_type=kind), CPU, torch.float32, Update(2, 4.0))
   tokens = torch.randint(1, 257, (1, 40), generator=torch.Generator().manual_seed(1))
   base, _ = model(tokens)
   student, logits = model(tokens, Gate(window=4))
@@ -110,16 +112,16 @@ def test_eviction_hides_exactly_the_evicted_keys(tiny):
 
 
 def test_merged_adapter_equals_the_trained_student(tiny, tmp_path):
-  model = Model.load(tiny, CPU, torch.float32, 2, 4.0)
+  model = Model.load(tiny, CPU, torch.float32, Update(2, 4.0))
   with torch.no_grad():
     for p in model.parameters():
       p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
-  save_adapter(tmp_path / "adapter", model.adapter_state(), "tiny", 8, 4.0, 2, 4.0)
+  save_adapter(tmp_path / "adapter", model.adapter_state(), adapter_metadata("tiny", 8, 4.0, Update(2, 4.0)))
   state, metadata = read_adapter(tmp_path / "adapter")
   assert metadata["lora_rank"] == 2 and metadata["dms_window_size"] == 8
   assert state["model.layers.1.self_attn.k_proj.lora_A"].shape == (2, 64)
   assert state["model.layers.1.self_attn.k_proj.lora_B"].shape == (32, 2)
-  merged = Model.load(tiny, CPU, torch.float32, 2, 4.0)
+  merged = Model.load(tiny, CPU, torch.float32, Update(2, 4.0))
   merged.load_adapter(state, merge=True)
   tokens = torch.randint(1, 257, (1, 40), generator=torch.Generator().manual_seed(1))
   a, b = model(tokens, Gate(8, dense=True))[0], merged(tokens, Gate(8, dense=True))[0]
@@ -174,9 +176,86 @@ def test_accumulated_sequences_average_their_gradients(tiny, data):
 
 
 def test_frozen_base_mode_trains_heads_alone(tiny, data):
-  run = trainer(tiny_config(lora_rank=0), tiny, data)
+  run = trainer(tiny_config(tune="heads"), tiny, data)
   run.run_step()
   assert {n.rsplit(".", 1)[1] for n, _ in run.model.named_parameters()} == {"dms_norm", "dms_proj"}
+
+
+@pytest.mark.parametrize("gate", ["heads", "borrowed"])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_checkpoint_equals_the_trained_student(tmp_path, data, gate, tune, kind):
+  tiny = write_model(tmp_path / kind, model_type=kind)
+  run = trainer(tiny_config(steps=30, gate=gate, tune=tune, rate_weight=20.0, lr_full=1e-3, lr_heads=1e-2), tiny, data)
+  assert train(run, tmp_path, None, 10)
+  tokens = torch.randint(1, 257, (1, 40), generator=torch.Generator().manual_seed(1))
+  expected, logits = run.model(tokens, Gate(8))
+  assert 0.02 < (logits > 0).float().mean() < 0.98
+  update = Update(2, 4.0, tune == "full", gate == "borrowed")
+  save_checkpoint(tmp_path / "out", tiny, run.model, adapter_metadata("tiny", 8, 4.0, update))
+  student, metadata = load_student(tiny, tmp_path / "out", CPU, torch.float32)
+  assert metadata["dms_separate_alpha"] == (gate == "heads") and metadata["dms_window_size"] == 8
+  got, saved_logits = student(tokens, Gate(8))
+  assert (saved_logits - logits).norm() / logits.norm() < 0.05    # Weights are rounded to BF16 on the way.
+  same = ((saved_logits > 0) == (logits > 0)).all()
+  assert not same or (got - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_borrowed_channel_leaves_the_attention(tiny):
+  """The query channel that decides adds nothing to any score."""
+  model = Model.load(tiny, CPU, torch.float32, Update(borrowed=True))
+  tokens = torch.randint(1, 257, (1, 40), generator=torch.Generator().manual_seed(1))
+  before, logits = model(tokens, Gate(40))
+  assert (logits == -5.0).all()
+  with torch.no_grad():
+    for layer in model.layers:
+      layer.borrow.normal_(std=0.1)
+  after, logits = model(tokens, Gate(40))
+  assert logits.std() > 1.0
+  torch.testing.assert_close(after, before)
+
+
+def test_dense_sequences_train_the_update_alone(tiny, data):
+  run = trainer(tiny_config(dense=0.5), tiny, data)
+  kinds = [run.is_dense(i) for i in range(12)]
+  assert 0 < sum(kinds) < 12
+  for kind in kinds:
+    figures = run.run_step()
+    assert ("kl_dense" in figures) == kind and ("rate" in figures) != kind
+    heads = [p.grad for n, p in run.model.named_parameters() if "dms_" in n]
+    assert all((g is None) == kind for g in heads)
+
+
+def test_labels_shift_the_gradient_towards_the_text():
+  g = torch.Generator().manual_seed(0)
+  student = torch.randn(5, 8, generator=g, requires_grad=True)
+  teacher, head = torch.randn(5, 8, generator=g), torch.randn(20, 8, generator=g)
+  labels, weights = torch.tensor([3, 7, 0, 19, -1]), torch.tensor([1.0, 2.0, 1.0, 0.5, 1.0])
+  log_s, p_t = (student @ head.T).log_softmax(-1), (teacher @ head.T).softmax(-1)
+  share = torch.where(labels >= 0, 0.25, 0.0)[:, None]
+  taught = (1 - share) * p_t + share * torch.nn.functional.one_hot(labels.clamp(min=0), 20)
+  expected = -((taught * log_s).sum(-1) * weights).mean()
+  got = forward_kl(student, teacher, head, weights, labels, 0.25)
+  torch.testing.assert_close(torch.autograd.grad(got, student), torch.autograd.grad(expected, student))
+
+
+def test_a_gguf_file_is_converted_beside_itself(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr("subprocess.run", lambda command, check: calls.append(command))
+  assert model_directory(tmp_path) == tmp_path and not calls
+  assert model_directory(tmp_path / "m.gguf") == tmp_path / "m"
+  script, source, target = calls[0][1:]
+  assert script.endswith("scripts/convert_gguf.py") and Path(script).exists()
+  assert (source, target) == (str(tmp_path / "m.gguf"), str(tmp_path / "m"))
+
+
+def test_config_changes_are_toml(tmp_path):
+  text = 'base = "x"\nsteps = 1\n[schedule]\nfinal_ratio = 8.0\n[[sources]]\npath = "a.bin"\nweight = 1.0\n'
+  (tmp_path / "c.toml").write_text(text)
+  config = load_config(tmp_path / "c.toml", ["schedule.final_ratio = 9.5", "dense=0.25", 'tune="full"'])
+  assert (config.schedule.final_ratio, config.dense, config.tune, config.rank) == (9.5, 0.25, "full", 0)
+  with pytest.raises(ValueError, match="tune"):
+    load_config(tmp_path / "c.toml", ['tune="some"'])
 
 
 def test_config_rejects_unknown_keys(tmp_path):

@@ -103,3 +103,18 @@ def compact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far_bias: torch.T
   near_part = (near_aux.lse - total).exp()[..., None] * near.float()
   far_part = (far_aux.lse - total).exp()[..., None] * far[..., :dim].float()
   return (near_part + far_part).to(q.dtype)
+
+
+_compiled_compact = None
+_window_masks: dict[tuple[int, int, torch.device], BlockMask] = {}
+
+
+def compact_compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far_bias: torch.Tensor, window: int
+                     ) -> torch.Tensor:
+  """`compact` for evaluation on a GPU: one compiled kernel a length, whatever calls it."""
+  global _compiled_compact
+  _compiled_compact = _compiled_compact or torch.compile(compact, dynamic=False)
+  key = (q.shape[2], window, q.device)
+  if key not in _window_masks:
+    _window_masks[key] = window_mask(*key)
+  return _compiled_compact(q, k, v, far_bias, window, _window_masks[key])

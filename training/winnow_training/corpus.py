@@ -2,17 +2,22 @@
 
 Downloads each package with apt-get (no root needed), unpacks it with dpkg, turns its files into plain text and
 writes one file of tokens a group (`docs.bin.xz`, `prose.bin.xz`; see `data.py` for the format), plus `corpus.json` with the
-versions and token counts.
+versions and token counts. A group marked `text = true` becomes one plain text file a package instead: held-out text.
 """
 
 import argparse
+import bz2
 import gzip
 import html
+import itertools
 import json
+import lzma
 import random
 import re
 import subprocess
 import tomllib
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -24,6 +29,8 @@ _BLOCK = re.compile(r"</?(p|div|h[1-6]|li|ul|ol|tr|table|pre|br|dd|dt|dl|section
                     re.I)
 _TAG = re.compile(r"<[^>]*>")
 _CFG_STRING = re.compile(r'\b(?:message|story|description|text|note)\s*=\s*_\s*"((?:[^"]|"")*)"')
+_RULESET_STRING = re.compile(r'_\("((?:[^"\\]|\\.)*)"\)', re.S)
+_BACKQUOTED = re.compile(r"`([^`]*)`")
 _TRANSLATED = re.compile(r"\.(?!en\b)[a-z]{2}(_[A-Z]{2})?\.html$")
 _POD_CODE = re.compile(r"[A-Z]<+\s?([^<>]*)\s?>+")
 
@@ -52,10 +59,55 @@ def cfg_to_text(source: str) -> str:
   return squeeze("\n\n".join(s for s in strings if len(s) > 40))
 
 
+def ruleset_to_text(source: str) -> str:
+  """The translatable prose of a Freeciv ruleset."""
+  strings = (re.sub(r"\\\n", "", s).replace("\\n", "\n").replace('\\"', '"') for s in _RULESET_STRING.findall(source))
+  return squeeze("\n\n".join(s for s in strings if len(s) > 60))
+
+
+def backquoted_text(source: str) -> str:
+  """The dialogue of an Endless Sky mission file, or nothing."""
+  return squeeze("\n".join(s for s in _BACKQUOTED.findall(source) if len(s) > 40))
+
+
+def rdb_to_text(raw: bytes) -> str:
+  """The strings of an R package's data, a line each, in order.
+
+  The file is a run of blocks: big-endian length of the plain bytes, for some a type letter, a compressed stream; in
+  the plain bytes a string is 00 xx 00 09 (its kind), its length, its bytes.
+  """
+  lines, at = [], 0
+  while at + 5 < len(raw):
+    kind = raw[at + 4:at + 5]
+    unpack = {b"2": bz2.BZ2Decompressor, b"Z": lzma.LZMADecompressor}.get(kind, zlib.decompressobj)()
+    rest = raw[at + (5 if kind in (b"2", b"Z") else 4):]
+    data = unpack.decompress(rest)
+    at = len(raw) - len(unpack.unused_data)
+    i = 0
+    while (i := data.find(b"\x00\x09", i + 1)) > 0:
+      size = int.from_bytes(data[i + 2:i + 6], "big")
+      text = data[i + 6:i + 6 + size]
+      if size < 4096 and len(text) == size and b"\0" not in text:
+        lines.append(text.decode("utf-8", errors="replace"))
+        i += 5 + size
+  return squeeze("\n".join(lines))
+
+
+def spaced(text: str) -> str:
+  """`text` as tokenized corpora print it: blanks around punctuation, inner marks between at signs."""
+  text = re.sub(r"(?<=\w)([-–])(?=\w)", r" @\1@ ", text)
+  text = re.sub(r"(?<=\d)([.,])(?=\d)", r" @\1@ ", text)
+  text = re.sub(r"(?<=\w)([,;:!?)\]\"]|'s\b|n't\b)", r" \1", text)
+  text = re.sub(r"(?<=\w)\.(?=\s|$)", " .", text)
+  return re.sub(r"([(\[])(?=\w)", r"\1 ", text)
+
+
 def file_to_text(path: Path) -> str:
   """Plain text of one file, chosen by its suffix; empty when it is not text."""
   name = path.name
   raw = path.read_bytes()
+  if name.endswith(".rdb"):
+    return rdb_to_text(raw)
   if name.endswith((".gz", ".dz")):
     raw, name = gzip.decompress(raw), name.rsplit(".", 1)[0]
   if b"\0" in raw[:4096]:
@@ -70,6 +122,10 @@ def file_to_text(path: Path) -> str:
     return pod_to_text(text)
   if name.endswith(".cfg"):
     return cfg_to_text(text)
+  if name.endswith(".ruleset"):
+    return ruleset_to_text(text)
+  if "endless-sky" in path.parts:
+    return backquoted_text(text)
   return squeeze(text.replace("\n%\n", "\n\n"))  # `%` lines divide fortunes.
 
 
@@ -86,17 +142,24 @@ def fetch(package: str, work: Path) -> str:
   return subprocess.run(["dpkg-deb", "-f", deb, "Version"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def package_tokens(tokenizer: Tokenizer, root: Path, globs: list[str], cap: int, rng: random.Random) -> list[list[int]]:
-  """Documents of one package as token lists, in random order, up to `cap` tokens in all."""
+def package_texts(root: Path, globs: list[str], rng: random.Random) -> Iterator[str]:
+  """Documents of one package, in random order."""
   paths = sorted({p for g in globs for p in root.glob(g) if p.is_file() and not p.is_symlink() and not _TRANSLATED.search(p.name)})
   rng.shuffle(paths)
+  return (text for text in map(file_to_text, paths) if len(text) >= 400)
+
+
+def package_tokens(tokenizer: Tokenizer, texts: Iterator[str], cap: int, share: float,
+                   rng: random.Random) -> list[list[int]]:
+  """Documents as token lists, up to `cap` tokens in all; a share of them in the style of `spaced`."""
   documents, total = [], 0
-  for path in paths:
-    text = file_to_text(path)
-    if len(text) < 400:
-      continue
+  for text in texts:
     start = rng.randrange(len(text)) if len(text) > 8 * cap else 0  # One huge file: a random stretch of it.
-    ids = tokenizer.encode(text[start:start + 8 * cap], add_special_tokens=False).ids[:cap - total]
+    text = text[start:start + 8 * cap]
+    # Long texts change style on the way.
+    pieces = [text[i:i + 20_000] for i in range(0, len(text), 20_000)]
+    text = "".join(spaced(p) if rng.random() < share else p for p in pieces)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:cap - total]
     documents.append(ids)
     total += len(ids)
     if total >= cap:
@@ -122,12 +185,20 @@ def main() -> None:
     for package in spec["packages"]:
       rng = random.Random(f"{args.seed}/{package['name']}")
       version = fetch(package["name"], args.work)
-      found = package_tokens(tokenizer, args.work / package["name"], package["files"], spec["max_tokens"], rng)
+      texts = package_texts(args.work / package["name"], package["files"], rng)
+      if spec.get("text", False):
+        text = "\n\n".join(itertools.islice(texts, spec["max_files"]))
+        (args.out / f"{package['name']}.txt").write_text(text[:spec["max_characters"]])
+        report[package["name"]] = {"group": group, "version": version, "characters": len(text)}
+        continue
+      found = package_tokens(tokenizer, texts, spec["max_tokens"], spec.get("spaced", 0.0), rng)
       if not found:
         raise SystemExit(f"{package['name']}: no text matches its globs")
       documents += found
       report[package["name"]] = {"group": group, "version": version, "tokens": sum(map(len, found))}
       print(f"{group:6} {package['name']:28} {version:24} {report[package['name']]['tokens']:9,} tokens", flush=True)
+    if spec.get("text", False):
+      continue
     random.Random(args.seed).shuffle(documents)
     write_tokens(args.out / f"{group}.bin.xz", documents, separator)
   (args.out / "corpus.json").write_text(json.dumps(report, indent=1) + "\n")

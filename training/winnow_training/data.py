@@ -58,7 +58,7 @@ def _fact(rng: random.Random) -> tuple[str, str, str]:
   """A made-up fact: (sentence that states it, question, answer)."""
   place, name, thing = rng.choice(_PLACES), rng.choice(_NAMES), rng.choice(_THINGS)
   number = str(rng.randrange(10 ** rng.randrange(3, 7), 10 ** 7))[:rng.randrange(4, 8)]
-  match rng.randrange(6):
+  match rng.randrange(9):
     case 0:
       return (f"The secret code of the {thing} in {place} is {number}.",
               f"What is the secret code of the {thing} in {place}?", number)
@@ -75,6 +75,16 @@ def _fact(rng: random.Random) -> tuple[str, str, str]:
       key = "-".join("".join(rng.choices("abcdefghjkmnpqrstuvwxyz23456789", k=4)) for _ in range(2))
       return (f"Remember this: the pass phrase for the {thing} of {name} is {key}.",
               f"What is the pass phrase for the {thing} of {name}?", key)
+    case 5:
+      return (f"The {thing} of {place} opens with the number {number}.",
+              f"With which number does the {thing} of {place} open?", number)
+    case 6:
+      return (f"If anybody asks, {name} can be reached in {place} under {number}.",
+              f"Under which number can {name} be reached in {place}?", number)
+    case 7:
+      colour = rng.choice("amber azure black bronze crimson green grey indigo ivory olive purple scarlet white".split())
+      return (f"The door of the {thing} in {place} is painted {colour}.",
+              f"What colour is the door of the {thing} in {place}?", colour)
     case _:
       return (f"The magic number mentioned in the {place} report is {number}.",
               f"What is the magic number mentioned in the {place} report?", number)
@@ -84,7 +94,7 @@ class SequenceStream:
   """Endless training sequences of `length` tokens; sequence `i` depends on (seed, i) alone, so a run resumes exactly.
 
   A share `recall` of them carries one to four made-up facts planted at random depths and asked for at the end,
-  half the time inside the model's chat template.
+  often inside the model's chat template.
   """
 
   def __init__(self, sources: list[Source], tokenizer: Tokenizer, length: int, recall: float, seed: int):
@@ -94,29 +104,40 @@ class SequenceStream:
     self._sources, self._tokenizer = sources, tokenizer
     self._length, self._recall, self._seed = length, recall, seed
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    """Tokens [length], int64."""
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [length], int64, and which of them are predicted as (part of) an answer, [length] bool: the model's
+    output at such a position is scored against the answer's next token."""
     rng = random.Random(f"{self._seed}/{index}")
     source = rng.choices(self._sources, [s.weight for s in self._sources])[0].tokens
     start = rng.randrange(source.size - self._length)
     tokens = source[start:start + self._length].astype(np.int64)
-    return self._plant(tokens, rng) if rng.random() < self._recall else tokens
+    if rng.random() < self._recall:
+      return self._plant(tokens, rng)
+    return tokens, np.zeros(self._length, dtype=bool)
 
-  def _plant(self, filler: np.ndarray, rng: random.Random) -> np.ndarray:
+  def _plant(self, filler: np.ndarray, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     encode = lambda text: np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
     facts = [_fact(rng) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
-    chat = rng.random() < 0.5
+    chat = rng.random() < 0.6
     head = encode("<|im_start|>user\n") if chat else filler[:0]
-    tail = []
+    tail, answers = [], []
     for statement, question, answer in rng.sample(facts, len(facts)):
+      before, after = f"\n\nQuestion: {question}\nAnswer:", "\n"
       if chat:
-        tail.append(encode(f"\n\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n"))
+        before, after = f"\n\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n"
+        if rng.random() < 0.5:    # A whole sentence, most of it the statement again.
+          answer = statement
+      elif rng.random() < 0.5 and statement.endswith(f"{answer}."):   # The statement's start, to be completed.
+        before, answer = f"\n\n{statement[:-len(answer) - 2]}", f" {answer}"
       else:
-        tail.append(encode(f"\n\nQuestion: {question}\nAnswer: {answer}\n"))
+        answer = f" {answer}"
+      parts = [encode(before), encode(answer), encode(after)]
+      tail += parts
+      answers += [np.zeros(len(parts[0]), bool), np.ones(len(parts[1]), bool), np.zeros(len(parts[2]), bool)]
     stated = [encode(f" {statement} ") for statement, _, _ in facts]
     room = self._length - len(head) - sum(map(len, tail)) - sum(map(len, stated))
     if room < len(facts):
-      return filler
+      return filler, np.zeros(self._length, dtype=bool)
     # Facts may stand anywhere, and the haystack may be short: then the sequence goes on with other text after it.
     used = room if rng.random() < 0.6 else rng.randrange(room // 8, room)
     cuts = sorted(rng.randrange(used) for _ in stated)
@@ -125,4 +146,7 @@ class SequenceStream:
       pieces += [filler[last:cut], fact]
       last = cut
     pieces += [filler[last:used], *tail, filler[used:room]]
-    return np.concatenate(pieces)
+    start = len(head) + used + sum(map(len, stated))
+    scored = np.zeros(self._length + 1, dtype=bool)
+    scored[start:start + sum(map(len, tail))] = np.concatenate(answers)
+    return np.concatenate(pieces), scored[1:]

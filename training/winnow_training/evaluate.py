@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from winnow_training.adapter import read_adapter
+from winnow_training.adapter import load_student
+from winnow_training.attention import BLOCK
 from winnow_training.gate import LOGIT_OFFSET
-from winnow_training.model import Gate, Model
+from winnow_training.model import Gate, Model, model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHUNK = 1024
@@ -89,7 +90,7 @@ def evaluate(base: Model, student: Model | None, windows: torch.Tensor, modes: d
       totals[mode].add_logits(hidden[0], reference[0], base.head, window)
       if logits is not None:
         totals[mode].add_decisions(logits, gate.window)
-    print(f"window {i + 1} of {len(windows)}: {time.monotonic() - started:.1f} s", flush=True)
+    print(f"  window {i + 1} of {len(windows)}: {time.monotonic() - started:.1f} s", flush=True)
   return totals
 
 
@@ -97,46 +98,53 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--model", type=Path, required=True)
   parser.add_argument("--adapter", type=Path, required=True)
-  parser.add_argument("--text", type=Path, required=True)
+  parser.add_argument("--text", type=Path, nargs="+", required=True)
   parser.add_argument("--context", type=int, default=8192)
   parser.add_argument("--windows", type=int, default=6)
   parser.add_argument("--skip", type=int, default=0, help="tokens left out at the start of the text")
   parser.add_argument("--threshold", type=float, nargs="*", default=[0.0],
                       help="decision thresholds beside the adapter's offset: evict iff logit > threshold (higher keeps more)")
+  parser.add_argument("--update-alone", action="store_true", help="also the trained update without eviction")
   parser.add_argument("--dtype", choices=DTYPES, default="float32")
   parser.add_argument("--json", type=Path)
   parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
   args = parser.parse_args()
 
   device, dtype = torch.device(args.device), DTYPES[args.dtype]
-  state, metadata = read_adapter(args.adapter)
-  base = Model.load(args.model, device, dtype)
-  student = Model.load(args.model, device, dtype, metadata.get("lora_rank", 0), metadata.get("lora_alpha", 0.0))
-  student.load_adapter(state, merge=True)
+  source = model_directory(args.model)
+  base = Model.load(source, device, dtype)
+  student, metadata = load_student(source, args.adapter, device, dtype)
 
-  tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-  ids = tokenizer.encode(args.text.read_text(encoding="utf-8"), add_special_tokens=False).ids[args.skip:]
-  count = min(args.windows, len(ids) // args.context)
-  if count == 0:
-    raise SystemExit(f"{args.text}: {len(ids)} tokens; {args.context} are needed")
-  windows = torch.tensor(ids[:count * args.context], device=device).view(count, args.context)
+  tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+  results = []
+  for text in args.text:
+    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids[args.skip:]
+    count = min(args.windows, len(ids) // args.context)
+    if count == 0:
+      raise SystemExit(f"{text}: {len(ids)} tokens; {args.context} are needed")
+    windows = torch.tensor(ids[:count * args.context], device=device).view(count, args.context)
+    print(f"{text.name}: {count} windows of {args.context}", flush=True)
 
-  window = metadata["dms_window_size"]
-  modes: dict[str, Gate | None] = {"dense-f32cache": None}
-  shift = LOGIT_OFFSET - metadata["dms_initial_alpha_offset"]
-  modes |= {f"dms@{t:+g}": Gate(window, shift=shift - t) for t in args.threshold}
-  cache = {m: None if m == "dense-f32cache" else torch.bfloat16 for m in modes}
-  totals = evaluate(base, student, windows, modes, cache)
-  result = {"text": args.text.name, "context": args.context, "windows": count, "dtype": args.dtype,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "window": window,
-            "modes": {m: t.report() for m, t in totals.items()}}
-  kept = totals[f"dms@{args.threshold[0]:+g}"].kept
-  result["kept_share"] = [[round(x, 4) for x in row] for row in (kept.double() / (count * args.context)).tolist()]
-  for mode, figures in result["modes"].items():
-    print(f"{mode:16} live {figures.get('live_ratio', 1.0):6.3f}x  ppl {figures['ppl']:.3f} "
-          f"({figures['ppl_change_percent']:+.2f} %)  kld {figures['kld']:.5f}  top1 {figures['top1']:.4f}")
+    window = metadata["dms_window_size"]
+    modes: dict[str, Gate | None] = {"dense-f32cache": None}
+    shift = LOGIT_OFFSET - metadata["dms_initial_alpha_offset"]
+    compiled = device.type == "cuda" and args.context % BLOCK == 0
+    modes |= {f"dms@{t:+g}": Gate(window, shift=shift - t, compiled=compiled) for t in args.threshold}
+    if args.update_alone:
+      modes["update-alone"] = Gate(window, dense=True)
+    cache = {m: None if m == "dense-f32cache" else torch.bfloat16 for m in modes}
+    totals = evaluate(base, student, windows, modes, cache)
+    result = {"text": text.name, "context": args.context, "windows": count, "dtype": args.dtype,
+              "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "window": window,
+              "offset": metadata["dms_initial_alpha_offset"], "modes": {m: t.report() for m, t in totals.items()}}
+    kept = totals[f"dms@{args.threshold[0]:+g}"].kept
+    result["kept_share"] = [[round(x, 4) for x in row] for row in (kept.double() / (count * args.context)).tolist()]
+    for mode, figures in result["modes"].items():
+      print(f"{mode:16} live {figures.get('live_ratio', 1.0):6.3f}x  ppl {figures['ppl']:.3f} "
+            f"({figures['ppl_change_percent']:+.2f} %)  kld {figures['kld']:.5f}  top1 {figures['top1']:.4f}", flush=True)
+    results.append(result)
   if args.json:
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    args.json.write_text(json.dumps(results if len(results) > 1 else results[0], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Llama and Qwen3 decoders with DMS decision heads and a low-rank update of the attention weights.
+"""Llama and Qwen3 decoders with DMS decision heads and, if asked for, an update of the weights.
 
-The base weights are frozen. Run with `gate=None` a model is its own teacher: no eviction, no update.
+The base weights stay as they are. Run with `gate=None` a model is its own teacher: no eviction, no update.
 """
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from winnow_training import attention
 from winnow_training.gate import LOGIT_OFFSET, LOGIT_SCALE, Relaxation, far_bias, hard_bias, relax
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MATRICES = PROJECTIONS + ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,26 @@ class LowRank(nn.Module):
     return (weight.float() + self.scale * self.B @ self.A).to(torch.bfloat16).to(weight.dtype)
 
 
+def model_directory(path: Path) -> Path:
+  """`path` itself, or for a GGUF file the directory beside it that scripts/convert_gguf.py makes of it (once)."""
+  if path.suffix != ".gguf":
+    return path
+  directory = path.with_suffix("")
+  if not directory.exists():
+    script = Path(__file__).resolve().parents[2] / "scripts" / "convert_gguf.py"
+    subprocess.run([sys.executable, str(script), str(path), str(directory)], check=True)
+  return directory
+
+
+@dataclass(frozen=True)
+class Update:
+  """What of a model is trained beside its gates."""
+  rank: int = 0             # of a low-rank update of q, k, v and o; 0: none
+  alpha: float = 0.0
+  full: bool = False        # every matrix of every layer, float32 copies
+  borrowed: bool = False    # the last channel of each group's first query head decides, instead of a head of its own
+
+
 @dataclass
 class Gate:
   """What a forward with eviction needs beside the tokens."""
@@ -104,20 +127,34 @@ class Gate:
   relaxation: Relaxation | None = None            # None: hard decisions, as an engine takes them
   near_mask: attention.BlockMask | None = None    # given: attention by `compact`, else by `masked`
   shift: float = 0.0                              # added to every logit (a higher one evicts more)
-  dense: bool = False                             # low-rank update on, eviction off
+  dense: bool = False                             # the trained update on, eviction off
+  compiled: bool = False                          # hard decisions by `compact_compiled`: a GPU, T a multiple of BLOCK
 
 
 class Layer(nn.Module):
-  def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], rank: int, alpha: float):
+  def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], update: Update):
     super().__init__()
-    self.config = config
+    self.config, self.borrowed = config, update.borrowed
     for name, weight in weights.items():
       self.register_buffer(name.replace(".", "_"), weight, persistent=False)
-    self.dms_norm = nn.Parameter(torch.ones(config.hidden))
-    self.dms_proj = nn.Parameter(torch.zeros(config.kv_heads, config.hidden))
-    shapes = {p: weights[p].shape for p in PROJECTIONS}
-    self.lora = nn.ModuleDict({p: LowRank(*s, rank, alpha) for p, s in shapes.items()} if rank else {})
+    if update.borrowed:
+      self.borrow = nn.Parameter(torch.zeros(config.kv_heads, config.hidden))
+    else:
+      self.dms_norm = nn.Parameter(torch.ones(config.hidden))
+      self.dms_proj = nn.Parameter(torch.zeros(config.kv_heads, config.hidden))
+    self.lora = nn.ModuleDict({p: LowRank(*weights[p].shape, update.rank, update.alpha) for p in PROJECTIONS}
+                              if update.rank else {})
+    self.full = nn.ParameterDict({p: nn.Parameter(weights[p].float()) for p in MATRICES} if update.full else {})
     self.cache_dtype: torch.dtype | None = None
+
+  @torch.no_grad()
+  def merge(self) -> None:
+    """Replaces the weights by the updated ones, rounded to BF16; the gate stays apart."""
+    for name, update in self.lora.items():
+      setattr(self, name, update.merged(getattr(self, name)))
+    for name, weight in self.full.items():
+      setattr(self, name, weight.to(torch.bfloat16).to(getattr(self, name).dtype))
+    self.lora, self.full = nn.ModuleDict(), nn.ParameterDict()
 
   def decide(self, h: torch.Tensor) -> torch.Tensor:
     """Decision logits [B,G,T] float32 from the residual stream before the input norm."""
@@ -125,8 +162,21 @@ class Layer(nn.Module):
     return (F.linear(normed, self.dms_proj) * LOGIT_SCALE - LOGIT_OFFSET).transpose(1, 2)
 
   def _project(self, x: torch.Tensor, name: str, update: bool) -> torch.Tensor:
+    if update and name in self.full:
+      return F.linear(x, self.full[name].to(x.dtype))
     y = F.linear(x, getattr(self, name))
-    return y + self.lora[name](x) if update and len(self.lora) else y
+    return y + self.lora[name](x) if update and name in self.lora else y
+
+  def _lend(self, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """q [B,H,T,d] with its borrowed channels computed by the gate's own rows from x [B,T,hidden]."""
+    own = F.linear(x, self.borrow.to(x.dtype)).transpose(1, 2)
+    return torch.where(self._lent(q), own.repeat_interleave(q.shape[1] // own.shape[1], 1)[..., None], q)
+
+  def _lent(self, q: torch.Tensor) -> torch.Tensor:
+    """Mask [H,1,d] of the borrowed channels."""
+    head, channel = torch.arange(q.shape[1], device=q.device), torch.arange(q.shape[3], device=q.device)
+    first = head % (self.config.heads // self.config.kv_heads) == 0
+    return first[:, None, None] & (channel == self.config.head_dim - 1)
 
   def forward(self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gate: Gate | None,
               uniform: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,12 +185,20 @@ class Layer(nn.Module):
     x = rms_norm(h, self.input_layernorm, c.eps)
     split = lambda y, n: y.view(batch, length, n, c.head_dim).transpose(1, 2)
     update = gate is not None
+    borrowed = update and self.borrowed
     q = split(self._project(x, "q_proj", update), c.heads)
     k = split(self._project(x, "k_proj", update), c.kv_heads)
     v = split(self._project(x, "v_proj", update), c.kv_heads)
+    if borrowed:
+      q = self._lend(q, x)
     if c.qk_norm:
       q, k = rms_norm(q, self.q_norm, c.eps), rms_norm(k, self.k_norm, c.eps)
+    if borrowed:
+      borrowed_logits = q[:, ::c.heads // c.kv_heads, :, -1].float() * LOGIT_SCALE - LOGIT_OFFSET
+      q = torch.where(self._lent(q), 0.0, q)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if borrowed:
+      q = torch.where(self._lent(q), 0.0, q)    # The rotation wrote into it.
     if self.cache_dtype is not None:
       k, v = k.to(self.cache_dtype).to(q.dtype), v.to(self.cache_dtype).to(q.dtype)
 
@@ -148,7 +206,7 @@ class Layer(nn.Module):
     if gate is None or gate.dense:
       a = attention.causal(q, k, v)
     else:
-      logits = self.decide(h) + gate.shift
+      logits = (borrowed_logits if borrowed else self.decide(h)) + gate.shift
       if gate.relaxation is not None:
         logits = relax(logits, uniform, gate.relaxation)
         bias = far_bias(logits)
@@ -156,27 +214,35 @@ class Layer(nn.Module):
         bias = hard_bias(logits)
       if gate.near_mask is not None:
         a = attention.compact(q, k, v, bias, gate.window, gate.near_mask)
+      elif gate.compiled:
+        a = attention.compact_compiled(q, k, v, bias, gate.window)
       else:
         a = attention.masked(q, k, v, bias, gate.window)
     a = a.transpose(1, 2).reshape(batch, length, c.heads * c.head_dim)
     h = h + self._project(a, "o_proj", update)
     x = rms_norm(h, self.post_attention_layernorm, c.eps)
-    return h + F.linear(F.silu(F.linear(x, self.gate_proj)) * F.linear(x, self.up_proj), self.down_proj), logits
+    inner = F.silu(self._project(x, "gate_proj", update)) * self._project(x, "up_proj", update)
+    return h + self._project(inner, "down_proj", update), logits
+
+
+def full_name(layer: int, name: str) -> str:
+  """A matrix's name in a checkpoint."""
+  return f"model.layers.{layer}.{'self_attn' if name in PROJECTIONS else 'mlp'}.{name}.weight"
 
 
 class Model(nn.Module):
   """A decoder. Build one with `load`; `adapter_state` and `load_adapter` carry what is trained."""
 
-  def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], rank: int = 0, alpha: float = 0.0):
+  def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], update: Update = Update()):
     super().__init__()
-    self.config, self.rank, self.alpha = config, rank, alpha
+    self.config = config
     names = {f"self_attn.{p}.weight": p for p in PROJECTIONS}
     names |= {f"mlp.{p}.weight": p for p in ("gate_proj", "up_proj", "down_proj")}
     names |= {f"{p}.weight": p for p in ("input_layernorm", "post_attention_layernorm")}
     if config.qk_norm:
       names |= {f"self_attn.{p}.weight": p for p in ("q_norm", "k_norm")}
     self.layers = nn.ModuleList(
-        Layer(config, {short: tensors[f"model.layers.{i}.{name}"] for name, short in names.items()}, rank, alpha)
+        Layer(config, {short: tensors[f"model.layers.{i}.{name}"] for name, short in names.items()}, update)
         for i in range(config.layers))
     self.register_buffer("embed", tensors["model.embed_tokens.weight"], persistent=False)
     self.register_buffer("norm", tensors["model.norm.weight"], persistent=False)
@@ -184,13 +250,13 @@ class Model(nn.Module):
     self.register_buffer("head", head, persistent=False)
 
   @staticmethod
-  def load(path: Path, device: torch.device, dtype: torch.dtype, rank: int = 0, alpha: float = 0.0) -> "Model":
+  def load(path: Path, device: torch.device, dtype: torch.dtype, update: Update = Update()) -> "Model":
     """Reads a Hugging Face directory (config.json, *.safetensors); weights pass through BF16, then `dtype`."""
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
       with safe_open(file, "pt") as f:
         tensors |= {name: f.get_tensor(name).to(torch.bfloat16).to(dtype) for name in f.keys()}
-    return Model(ModelConfig.from_dir(path), tensors, rank, alpha).to(device)
+    return Model(ModelConfig.from_dir(path), tensors, update).to(device)
 
   def set_cache_dtype(self, dtype: torch.dtype | None) -> None:
     """Rounds K (after RoPE) and V to `dtype` before every attention, as a cache of that type does."""
@@ -221,24 +287,33 @@ class Model(nn.Module):
     state = {}
     for i, layer in enumerate(self.layers):
       prefix = f"model.layers.{i}.self_attn."
-      state[prefix + "dms_proj_alpha.weight"] = layer.dms_proj
-      state[prefix + "dms_proj_alpha_norm.weight"] = layer.dms_norm
+      if layer.borrowed:
+        state[prefix + "dms_borrowed.weight"] = layer.borrow
+      else:
+        state[prefix + "dms_proj_alpha.weight"] = layer.dms_proj
+        state[prefix + "dms_proj_alpha_norm.weight"] = layer.dms_norm
       for name, update in layer.lora.items():
         state[f"{prefix}{name}.lora_A"] = update.A
         state[f"{prefix}{name}.lora_B"] = update.B
+      for name, weight in layer.full.items():
+        state[full_name(i, name)] = weight
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
 
   @torch.no_grad()
   def load_adapter(self, state: dict[str, torch.Tensor], merge: bool) -> None:
-    """Takes `adapter_state`'s tensors; `merge` adds the low-rank update to the weights as an engine does at load."""
+    """Takes `adapter_state`'s tensors; `merge` puts the update into the weights as an engine does at load (and loses
+    the original ones)."""
     for i, layer in enumerate(self.layers):
       prefix = f"model.layers.{i}.self_attn."
-      layer.dms_proj.copy_(state[prefix + "dms_proj_alpha.weight"])
-      layer.dms_norm.copy_(state[prefix + "dms_proj_alpha_norm.weight"])
+      if layer.borrowed:
+        layer.borrow.copy_(state[prefix + "dms_borrowed.weight"])
+      else:
+        layer.dms_proj.copy_(state[prefix + "dms_proj_alpha.weight"])
+        layer.dms_norm.copy_(state[prefix + "dms_proj_alpha_norm.weight"])
       for name, update in layer.lora.items():
         update.A.copy_(state[f"{prefix}{name}.lora_A"])
         update.B.copy_(state[f"{prefix}{name}.lora_B"])
-        if merge:
-          setattr(layer, name, update.merged(getattr(layer, name)))
+      for name, weight in layer.full.items():
+        weight.copy_(state[full_name(i, name)])
       if merge:
-        layer.lora = nn.ModuleDict()
+        layer.merge()

@@ -16,6 +16,8 @@ NEGLIGIBLE = -18.0  # exp(-18): below what a BF16 softmax resolves, and below an
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
   """Dense causal attention. q [B,H,T,d], k and v [B,G,T,d]; returns [B,H,T,d]."""
+  if q.dtype == torch.float32 and q.is_cuda:    # The float32 kernel knows no groups; the fallback keeps all scores.
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
   return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -113,7 +115,9 @@ def compact_compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far_bias
                      ) -> torch.Tensor:
   """`compact` for evaluation on a GPU: one compiled kernel a length, whatever calls it."""
   global _compiled_compact
-  _compiled_compact = _compiled_compact or torch.compile(compact, dynamic=False)
+  if _compiled_compact is None:
+    torch._dynamo.config.recompile_limit = 64
+    _compiled_compact = torch.compile(compact, dynamic=False)
   key = (q.shape[2], window, q.device)
   if key not in _window_masks:
     _window_masks[key] = window_mask(*key)

@@ -104,6 +104,7 @@ def main() -> None:
   parser.add_argument("--skip", type=int, default=0, help="tokens left out at the start of the text")
   parser.add_argument("--threshold", type=float, nargs="*", default=[0.0],
                       help="decision thresholds beside the adapter's offset: evict iff logit > threshold (higher keeps more)")
+  parser.add_argument("--noise", action="store_true", help="also the base with a float32 cache, against the BF16 one")
   parser.add_argument("--update-alone", action="store_true", help="also the trained update without eviction")
   parser.add_argument("--dtype", choices=DTYPES, default="float32")
   parser.add_argument("--json", type=Path)
@@ -126,7 +127,7 @@ def main() -> None:
     print(f"{text.name}: {count} windows of {args.context}", flush=True)
 
     window = metadata["dms_window_size"]
-    modes: dict[str, Gate | None] = {"dense-f32cache": None}
+    modes: dict[str, Gate | None] = {"dense-f32cache": None} if args.noise else {}
     shift = LOGIT_OFFSET - metadata["dms_initial_alpha_offset"]
     compiled = device.type == "cuda" and args.context % BLOCK == 0
     modes |= {f"dms@{t:+g}": Gate(window, shift=shift - t, compiled=compiled) for t in args.threshold}

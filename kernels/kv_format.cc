@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numbers>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -45,6 +46,40 @@ int32_t EncodeE4m3(float x) {
   return sign | (small & is_small) | (normal & ~is_small);
 }
 
+// |x| rounded to e4m3 as EncodeE4m3() does, as a float.
+float RoundToE4m3(float x) {
+  const int32_t abs =
+      std::min(std::bit_cast<int32_t>(x) & 0x7fffffff, std::bit_cast<int32_t>(kE4m3Max));
+  const int32_t normal = (abs + 0x7ffff + ((abs >> 20) & 1)) & ~0xfffff;
+  const int32_t small = std::bit_cast<int32_t>(std::bit_cast<float>(abs) + 16384.0f - 16384.0f);
+  const int32_t is_small = (abs - 0x3c800000) >> 31;
+  return std::bit_cast<float>((small & is_small) | (normal & ~is_small));
+}
+
+// Squared error of e4m3 codes with scale `half`. Sixteen sums, then those in order.
+float E4m3Error(const float* x, int n, uint16_t half) {
+  const float scale = HalfToFloat(half), inverse = 1.0f / scale;
+  float sums[16] = {};
+  for (int i = 0; i < n; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      const float y = x[i + j] * inverse;
+      const float error = std::fabs(y) - RoundToE4m3(y);
+      sums[j] += error * error;
+    }
+  }
+  float sum = 0.0f;
+  for (const float part : sums) sum += part;
+  return sum * scale * scale;
+}
+
+uint16_t E4m3ScaleFor(const float* x, int n) {
+  const uint16_t smallest = ScaleFor(x, n, kE4m3Max);
+  if (smallest == kHalfNan) return smallest;
+  const uint16_t other =
+      std::min(ToHalf(HalfToFloat(smallest) * std::numbers::sqrt2_v<float>), kHalfMax);
+  return E4m3Error(x, n, other) < E4m3Error(x, n, smallest) ? other : smallest;
+}
+
 // The nearest integer, ties to even, saturating at +-127; for a finite value.
 int32_t EncodeInt8(float x) {
   // Floats from 2^23 to 2^24 are the integers there, rounded to by the addition.
@@ -61,7 +96,9 @@ void StoreElements(int head_dim, const float* x, uint8_t* elements, uint8_t* sca
       std::memcpy(elements + 2 * d, &b, 2);
     }
   } else {
-    const uint16_t scale = ScaleFor(x, head_dim, KvElementTraits<kElement>::kMaxCode);
+    const uint16_t scale = kElement == KvElement::kE4m3
+                               ? E4m3ScaleFor(x, head_dim)
+                               : ScaleFor(x, head_dim, KvElementTraits<kElement>::kMaxCode);
     std::memcpy(scale_out, &scale, 2);
     if (scale == kHalfNan) {
       std::memset(elements, 0, static_cast<size_t>(head_dim));

@@ -12,8 +12,10 @@
 //   e4m3, int8  8-bit codes and one float16 scale each for K and V of a token;
 //               scale = amax / largest code (448, 127) rounded up to float16 and
 //               never 0, so no code saturates (unless amax is past 65504 times the
-//               largest code). Value = code * scale, exact in float. A row that
-//               holds a NaN or an infinity gets a NaN scale and so reads back as NaN.
+//               largest code); for e4m3, whose steps double at powers of two, that
+//               or sqrt(2) times it, whichever gives the smaller squared error.
+//               Value = code * scale, exact in float. A row that holds a NaN or an
+//               infinity gets a NaN scale and so reads back as NaN.
 //   bf16        bfloat16 values, no scales.
 //
 // A page has k8BitSlots * (2 * head_dim + 4) bytes whatever the format, so all

@@ -6,7 +6,7 @@
 namespace winnow {
 
 // The ops on host memory, all under the law of order.
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
  public:
   // `pool` is not owned and must outlive *this.
   explicit CpuBackend(ThreadPool* pool) : pool_(pool) {}

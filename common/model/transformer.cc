@@ -91,7 +91,8 @@ struct Transformer::Impl {
   const kernels::RopeTable rope;
   const int qkv_width;
   const int64_t row_bytes;  // of all KV heads of a token
-  CpuBackend backend;
+  CpuBackend cpu_backend;
+  Backend& backend;
   kernels::ThreadScratch attention_scratch;
 
   // The batch.
@@ -134,7 +135,8 @@ Transformer::Impl::Impl(const Model* m, KvCache* cache, ThreadPool* pool, const 
       qkv_width(config.q_size() + 2 * config.kv_size()),
       row_bytes(static_cast<int64_t>(kernels::TokenBytes(layout.format, config.head_dim)) *
                 config.num_kv_heads),
-      backend(pool),
+      cpu_backend(pool),
+      backend(options.backend != nullptr ? *options.backend : cpu_backend),
       attention_scratch(pool->num_threads(),
                         kernels::AttentionScratchBytes(config.num_heads, config.num_kv_heads,
                                                        config.head_dim, max_positions)),

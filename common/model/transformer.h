@@ -9,6 +9,7 @@
 #include "common/base/thread_pool.h"
 #include "common/kv/kv_cache.h"
 #include "common/kv/sequence_cache.h"
+#include "common/model/backend.h"
 #include "common/model/model.h"
 
 namespace winnow {
@@ -24,6 +25,7 @@ class Transformer {
     int max_tokens = 512;   // most rows of one Forward()
     int max_positions = 0;  // longest sequence; 0: the model's max_position_embeddings
     ActivationType activations = ActivationType::kBf16;
+    Backend* backend = nullptr;  // not owned, must outlive *this; null: a CpuBackend
   };
 
   // Consecutive tokens of one sequence: `tokens` take the positions from

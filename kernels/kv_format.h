@@ -29,7 +29,13 @@ namespace winnow::kernels {
 enum class KvElement : uint8_t { kBf16, kE4m3, kInt8 };
 
 template <KvElement kElement>
-struct KvElementTraits {  // kE4m3
+struct KvElementTraits;
+template <>
+struct KvElementTraits<KvElement::kBf16> {
+  using Code = uint16_t;
+};
+template <>
+struct KvElementTraits<KvElement::kE4m3> {
   using Code = uint8_t;
   static constexpr float kMaxCode = 448.0f;
 };
@@ -37,10 +43,6 @@ template <>
 struct KvElementTraits<KvElement::kInt8> {
   using Code = int8_t;
   static constexpr float kMaxCode = 127.0f;
-};
-template <>
-struct KvElementTraits<KvElement::kBf16> {
-  using Code = uint16_t;
 };
 
 enum class KvFormatId : uint8_t { kBf16 = 0, kFp8 = 1, kInt8 = 2, kInt8H = 3, kK8V8 = 4 };

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cpu/cpu_path.h"
 #include "kernels/kv_format.h"
 
 namespace winnow::kernels {
@@ -54,6 +55,22 @@ TEST(Hadamard, EqualsTheMatrix) {
     }
     HadamardRotate(dim, y.data());
     for (size_t i = 0; i < x.size(); ++i) ASSERT_NEAR(y[i], x[i], 1e-5) << dim;
+  }
+}
+
+TEST(Hadamard, VectorWidthChangesNoBit) {
+  const CpuPath widest = ActiveCpuPath();
+  for (int dim = 16; dim <= kMaxHeadDim; dim += 16) {
+    const std::vector<float> x = Random(dim, 7);
+    std::vector<float> want = x;
+    HadamardRotate(dim, want.data());
+    for (const CpuPath path : {CpuPath::kScalar, CpuPath::kAvx2, CpuPath::kAvx512}) {
+      if (!SetCpuPathForTest(path)) continue;
+      std::vector<float> got = x;
+      HadamardRotate(dim, got.data());
+      EXPECT_EQ(got, want) << dim << " " << CpuPathName(path);
+    }
+    ASSERT_TRUE(SetCpuPathForTest(widest));
   }
 }
 

@@ -197,8 +197,10 @@ def test_a_checkpoint_equals_the_trained_student(tmp_path, data, gate, tune, kin
   assert metadata["dms_separate_alpha"] == (gate == "heads") and metadata["dms_window_size"] == 8
   got, saved_logits = student(tokens, Gate(8))
   assert (saved_logits - logits).norm() / logits.norm() < 0.05    # Weights are rounded to BF16 on the way.
-  same = ((saved_logits > 0) == (logits > 0)).all()
-  assert not same or (got - expected).norm() / expected.norm() < 0.05
+  same = ((saved_logits > 0) == (logits > 0)).float().mean()
+  assert same > 0.95
+  if same == 1.0:
+    assert (got - expected).norm() / expected.norm() < 0.05
 
 
 def test_a_borrowed_channel_leaves_the_attention(tiny):

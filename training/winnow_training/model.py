@@ -194,7 +194,7 @@ class Layer(nn.Module):
     if c.qk_norm:
       q, k = rms_norm(q, self.q_norm, c.eps), rms_norm(k, self.k_norm, c.eps)
     if borrowed:
-      borrowed_logits = q[:, ::c.heads // c.kv_heads, :, -1].float() * LOGIT_SCALE - LOGIT_OFFSET
+      borrowed_logits = q[:, ::c.heads // c.kv_heads, :, -1].bfloat16().float() * LOGIT_SCALE - LOGIT_OFFSET
       q = torch.where(self._lent(q), 0.0, q)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if borrowed:

@@ -39,14 +39,14 @@ int RunBench(int argc, char** argv, int first) {
     return 2;
   }
   BenchOptions options;
-  std::string model = "default", adapter = "none", json;
+  std::string model = "default", adapter = "default", json;
   std::string prompts = "512", depths = "0", batches = "1";
   int threads = 0, seed = 1;
   uint64_t budget = uint64_t{2} << 30;
   config::FlagSet flags("winnow bench engine [flags]",
                         "Times prefill and decode in one process, without network.");
   flags.AddString("model", &model, "model directory in Hugging Face layout, or 'default'");
-  flags.AddString("adapter", &adapter, "DMS adapter directory for the dms- modes, or 'none'");
+  flags.AddString("adapter", &adapter, config::kAdapterHelp);
   flags.AddChoice("kv-mode", &options.runtime.kv_mode, KvModeNames(), "KV cache mode");
   flags.AddChoice("kv-format", &options.runtime.kv_format, KvFormatNames(),
                   "takes the place of the format in --kv-mode");
@@ -66,7 +66,7 @@ int RunBench(int argc, char** argv, int first) {
   }
   SetLogLevel(LogLevel::kWarning);
   options.runtime.model_dir = config::ResolveModelDir(model);
-  options.runtime.adapter_dir = adapter == "none" ? "" : adapter;
+  options.runtime.adapter_dir = config::ResolveAdapterDir(model, adapter);
   options.runtime.kv_budget_bytes = budget;
   options.runtime.threads =
       threads > 0 ? threads : static_cast<int>(std::thread::hardware_concurrency());

@@ -29,7 +29,7 @@ struct Options {
   std::string server;
   bool local = false;
   std::string model = "default";
-  std::string adapter = "none";
+  std::string adapter = "default";
   LocalOptions engine;
   std::string prompt;
   std::string prompts;
@@ -79,7 +79,7 @@ config::FlagSet Flags(Options* o) {
   flags.AddBool("stats", &o->stats, "Print a table of times and bytes after the text.");
   flags.AddDuration("timeout", &o->timeout, "Deadline of each request.");
   flags.AddString("model", &o->model, "With --local: model directory, or default.");
-  flags.AddString("adapter", &o->adapter, "With --local: directory of a DMS adapter, or none.");
+  flags.AddString("adapter", &o->adapter, absl::StrCat("With --local. ", config::kAdapterHelp));
   flags.AddChoice("kv-mode", &o->engine.kv_mode, KvModeNames(),
                   "With --local: how keys and values are kept.");
   flags.AddChoice("kv-format", &o->engine.kv_format, KvFormatNames(),
@@ -129,7 +129,7 @@ absl::StatusOr<std::unique_ptr<Generator>> MakeGenerator(const Options& o) {
   if (!o.local) return NewServerGenerator(o.server);
   LocalOptions local = o.engine;
   local.model_dir = config::ResolveModelDir(o.model);
-  local.adapter_dir = o.adapter == "none" ? "" : o.adapter;
+  local.adapter_dir = config::ResolveAdapterDir(o.model, o.adapter);
   return NewLocalGenerator(local);
 }
 

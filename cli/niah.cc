@@ -29,7 +29,7 @@ namespace {
 
 struct NiahFlags {
   std::string protocol = "grid";
-  std::string model = "default", adapter = "none", modes = "dense-fp8";
+  std::string model = "default", adapter = "default", modes = "dense-fp8";
   std::string ask = "raw", filler, lengths = "1024,2048,4096,8192", depths = "11",
               kinds = "single,facts";
   std::string tasks_in, tasks_out, resume, json;
@@ -46,7 +46,7 @@ config::FlagSet MakeFlags(NiahFlags* f) {
                   "grid: many tasks over lengths, depths and kinds, greedy; original: one needle "
                   "at 50 % and sampling at temperature 0.1, as the DMS kernels' benchmark had it");
   flags.AddString("model", &f->model, "model directory in Hugging Face layout, or 'default'");
-  flags.AddString("adapter", &f->adapter, "DMS adapter directory for the dms- modes, or 'none'");
+  flags.AddString("adapter", &f->adapter, config::kAdapterHelp);
   flags.AddString("modes", &f->modes,
                   "comma list of KV cache modes; dense-bf16 is always run, and first");
   flags.AddString("filler", &f->filler,
@@ -168,7 +168,7 @@ absl::StatusOr<std::vector<NiahTask>> GridTasks(const NiahFlags& f, bool lengths
 NiahEngineOptions EngineFlags(const NiahFlags& f) {
   const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   return {.model_dir = config::ResolveModelDir(f.model),
-          .adapter_dir = f.adapter == "none" ? "" : f.adapter,
+          .adapter_dir = config::ResolveAdapterDir(f.model, f.adapter),
           .prefill_chunk = f.prefill_chunk,
           .threads = f.threads > 0 ? f.threads : cores};
 }

@@ -1,6 +1,7 @@
 #include "common/config/config.h"
 
 #include <cstdlib>
+#include <filesystem>
 
 #include "common/kv/kv_mode.h"
 
@@ -38,6 +39,22 @@ std::string DefaultModelDir() { return CacheDir() + "/models/SmolLM2-135M-Instru
 
 std::string ResolveModelDir(const std::string& value) {
   return value.empty() || value == "default" ? DefaultModelDir() : value;
+}
+
+std::string ResolveAdapterDir(const std::string& model, const std::string& value) {
+  if (value == "none") return "";
+  if (!value.empty() && value != "default") return value;
+  if (ResolveModelDir(model) != DefaultModelDir()) return "";
+  if (const char* dir = std::getenv("WINNOW_DEFAULT_ADAPTER"); dir != nullptr) return dir;
+  std::error_code error;
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
+  if (error) return "";
+  for (const char* place : {"../share/winnow/adapters", "../../../training/adapters"}) {
+    const std::filesystem::path dir =
+        (program.parent_path() / place / "smollm2-135m-lora8").lexically_normal();
+    if (std::filesystem::exists(dir / "dms_metadata.json", error)) return dir.string();
+  }
+  return "";
 }
 
 FlagSet RouterFlags(RouterConfig* config) {
@@ -79,7 +96,7 @@ FlagSet WorkerFlags(const std::string& program, WorkerConfig* config) {
   flags.AddString("model", &config->model,
                   "Model directory (Hugging Face layout), or default: the cached "
                   "SmolLM2-135M-Instruct.");
-  flags.AddString("adapter", &config->adapter, "Directory of a DMS adapter, or none.");
+  flags.AddString("adapter", &config->adapter, kAdapterHelp);
   flags.AddChoice("kv-mode", &config->kv_mode, KvModeNames(),
                   "How keys and values are kept: with or without eviction, in which format. All "
                   "workers of one router must agree.");

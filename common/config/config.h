@@ -16,6 +16,14 @@ std::string DefaultModelDir();
 // The directory that a --model value names: "default" or "" is DefaultModelDir().
 std::string ResolveModelDir(const std::string& value);
 
+// The directory that an --adapter value names beside this --model value, "" for none:
+// "none" is none; "default" or "" is the default model's own adapter where --model is the
+// default one, else none. That adapter is $WINNOW_DEFAULT_ADAPTER or lies beside this
+// program, in share/winnow/adapters of an installation or training/adapters of a checkout.
+std::string ResolveAdapterDir(const std::string& model, const std::string& value);
+inline constexpr char kAdapterHelp[] =
+    "Directory of a DMS adapter, none, or default: the default model's own; for the dms- modes.";
+
 // What every server has.
 struct ServerConfig {
   std::string listen;                                // HOST:PORT; port 0 takes a free one
@@ -39,7 +47,7 @@ struct RouterConfig {
 struct WorkerConfig {
   ServerConfig server;
   std::string model = "default";
-  std::string adapter = "none";
+  std::string adapter = "default";
   std::string kv_mode = "dense-fp8";
   std::string kv_format;  // in place of kv_mode's, if not empty
   uint64_t kv_budget_bytes = uint64_t{1} << 30;

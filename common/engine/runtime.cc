@@ -16,18 +16,33 @@ absl::Status CheckRange(const char* name, int value, int low, int high) {
       absl::StrCat(name, "=", value, " is outside [", low, ", ", high, "]"));
 }
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& options) {
+absl::Status CheckOptions(const RuntimeOptions& options) {
   WINNOW_RETURN_IF_ERROR(CheckRange("threads", options.threads, 1, 1024));
   WINNOW_RETURN_IF_ERROR(CheckRange("prefill_chunk", options.prefill_chunk, 1, 65536));
-  WINNOW_RETURN_IF_ERROR(CheckRange("max_num_seqs", options.max_num_seqs, 1, 4096));
+  return CheckRange("max_num_seqs", options.max_num_seqs, 1, 4096);
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Model>> Runtime::LoadModel(const RuntimeOptions& options) {
+  WINNOW_ASSIGN_OR_RETURN(const KvMode mode, ParseKvMode(options.kv_mode, options.kv_format));
+  // Dense modes run the model's own weights: an adapter may bring a weight update.
+  return Model::Load(options.model_dir, mode.dms ? options.adapter_dir : std::string());
+}
+
+absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& options) {
+  WINNOW_RETURN_IF_ERROR(CheckOptions(options));
+  WINNOW_ASSIGN_OR_RETURN(std::shared_ptr<const Model> model, LoadModel(options));
+  return Create(options, std::move(model));
+}
+
+absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& options,
+                                                         std::shared_ptr<const Model> shared) {
+  WINNOW_RETURN_IF_ERROR(CheckOptions(options));
   std::unique_ptr<Runtime> runtime(new Runtime(options));
   WINNOW_ASSIGN_OR_RETURN(runtime->kv_mode_, ParseKvMode(options.kv_mode, options.kv_format));
   const bool dms = runtime->kv_mode_.dms;
-  // Dense modes run the model's own weights: an adapter may bring a weight update.
-  WINNOW_ASSIGN_OR_RETURN(
-      runtime->model_, Model::Load(options.model_dir, dms ? options.adapter_dir : std::string()));
+  runtime->model_ = std::move(shared);
   const Model& model = *runtime->model_;
   const ModelConfig& config = model.config();
   if (dms && !model.dms().has_value()) {
@@ -55,15 +70,17 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
   runtime->transformer_ = std::make_unique<Transformer>(
       &model, runtime->cache_.get(), &runtime->pool_,
       Transformer::Options{.max_tokens = runtime->options_.prefill_chunk + options.max_num_seqs,
-                           .activations = options.activations});
+                           .activations = options.activations,
+                           .dms_threshold = options.dms_threshold});
   const KvCache& cache = *runtime->cache_;
   LogLine(LogLevel::kInfo, "kv_budget",
-          absl::StrCat(
-              LogField("kv_mode", KvModeName(runtime->kv_mode_)), LogField("bytes", cache.allocated_bytes()),
-              LogField("pages", cache.pool().total()), LogField("page_bytes", cache.page_bytes()),
-              LogField("spans_per_sequence", cache.num_spans()),
-              LogField("dense_tokens",
-                       cache.pool().total() / cache.num_spans() * cache.layout().slots_per_page)));
+          absl::StrCat(LogField("kv_mode", KvModeName(runtime->kv_mode_)),
+                       LogField("bytes", cache.allocated_bytes()),
+                       LogField("pages", cache.pool().total()),
+                       LogField("page_bytes", cache.page_bytes()),
+                       LogField("spans_per_sequence", cache.num_spans()),
+                       LogField("dense_tokens", cache.pool().total() / cache.num_spans() *
+                                                    cache.layout().slots_per_page)));
   return runtime;
 }
 

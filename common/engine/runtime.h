@@ -25,6 +25,7 @@ struct RuntimeOptions {
   int max_model_len = 0;    // tokens; 0: the model's own
   int threads = 1;          // [1, 1024]
   ActivationType activations = ActivationType::kBf16;
+  float dms_threshold = 0;  // evict iff a token's DMS logit is above it; see Transformer::Options
 };
 
 // A model with what it takes to run it: thread pool, KV cache, transformer. One for
@@ -36,6 +37,12 @@ class Runtime {
   //   FAILED_PRECONDITION  a dms- mode for a model without DMS data.
   //   others               Model::Load(), KvCache::Create().
   static absl::StatusOr<std::unique_ptr<Runtime>> Create(const RuntimeOptions& options);
+  // The same over a model that is loaded already, which several runtimes may share:
+  // LoadModel() of options alike in model, adapter and the mode's dense or dms half.
+  static absl::StatusOr<std::unique_ptr<Runtime>> Create(const RuntimeOptions& options,
+                                                         std::shared_ptr<const Model> model);
+  // The weights that the mode runs: a dense mode leaves the adapter out.
+  static absl::StatusOr<std::shared_ptr<const Model>> LoadModel(const RuntimeOptions& options);
 
   const RuntimeOptions& options() const { return options_; }  // max_model_len resolved
   const Model& model() const { return *model_; }
@@ -52,7 +59,7 @@ class Runtime {
   RuntimeOptions options_;
   KvMode kv_mode_;
   ThreadPool pool_;
-  std::unique_ptr<Model> model_;
+  std::shared_ptr<const Model> model_;
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<Transformer> transformer_;
 };

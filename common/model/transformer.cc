@@ -54,11 +54,12 @@ kernels::RopeTable MakeRope(const ModelConfig& config, int num_positions) {
 
 // Dense modes keep all; a borrowed channel is zeroed all the same, as the checkpoint
 // was trained.
-kernels::DecisionRule MakeRule(const Model& model, bool dms, ActivationType activations) {
+kernels::DecisionRule MakeRule(const Model& model, bool dms, const Transformer::Options& options) {
   kernels::DecisionRule rule;
   if (model.dms().has_value()) rule = model.dms()->rule;
+  rule.offset += options.dms_threshold;
   if (!dms) rule.source = kernels::DecisionSource::kNone;
-  rule.round_to_bf16 = activations == ActivationType::kBf16;
+  rule.round_to_bf16 = options.activations == ActivationType::kBf16;
   return rule;
 }
 
@@ -79,6 +80,7 @@ struct Transformer::Impl {
   kernels::DmsCompactParams CompactParams(const LayerWeights& layer, int first, int count);
   absl::Status Decode(int layer_idx);
   absl::Status Prefill(int layer_idx);
+  void CopyDecisions(int layer_idx);
   absl::Status Mlp(const LayerWeights& layer);
   absl::Status Logits();
 
@@ -130,7 +132,7 @@ Transformer::Impl::Impl(const Model* m, KvCache* cache, ThreadPool* pool, const 
       max_positions(options.max_positions > 0
                         ? std::min(options.max_positions, config.max_position_embeddings)
                         : config.max_position_embeddings),
-      rule(MakeRule(*m, cache->options().window > 0, options.activations)),
+      rule(MakeRule(*m, cache->options().window > 0, options)),
       rope(MakeRope(config, max_positions)),
       qkv_width(config.q_size() + 2 * config.kv_size()),
       row_bytes(static_cast<int64_t>(kernels::TokenBytes(layout.format, config.head_dim)) *
@@ -342,6 +344,21 @@ absl::Status Transformer::Impl::Prefill(int layer_idx) {
   return absl::OkStatus();
 }
 
+// To the items that want to see them.
+void Transformer::Impl::CopyDecisions(int layer_idx) {
+  if (evict.empty()) return;
+  size_t row = 0;
+  const size_t heads = static_cast<size_t>(config.num_kv_heads);
+  for (const Item* item : items) {
+    const size_t count = item->tokens.size();
+    if (item->decisions != nullptr) {
+      std::memcpy(item->decisions + static_cast<size_t>(layer_idx) * count * heads,
+                  evict.data() + row * heads, count * heads);
+    }
+    row += count;
+  }
+}
+
 absl::Status Transformer::Impl::Mlp(const LayerWeights& layer) {
   WINNOW_RETURN_IF_ERROR(Norm(layer.mlp_norm, num_rows, residual.data(), &normed));
   WINNOW_RETURN_IF_ERROR(Gemm(&normed, layer.gate_up, num_rows, gate_up.data(), false));
@@ -398,6 +415,7 @@ absl::Status Transformer::Forward(absl::Span<const Item> items, const LayerDone&
     WINNOW_RETURN_IF_ERROR(run.Gemm(&run.normed, layer.qkv, run.num_rows, run.qkv.data(), false));
     WINNOW_RETURN_IF_ERROR(run.Decode(i));
     WINNOW_RETURN_IF_ERROR(run.Prefill(i));
+    run.CopyDecisions(i);
     if (layer_done) layer_done(i);
     WINNOW_RETURN_IF_ERROR(run.Gemm(&run.attended, layer.o, run.num_rows, residual, true));
     WINNOW_RETURN_IF_ERROR(run.Mlp(layer));

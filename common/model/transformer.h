@@ -26,6 +26,9 @@ class Transformer {
     int max_positions = 0;  // longest sequence; 0: the model's max_position_embeddings
     ActivationType activations = ActivationType::kBf16;
     Backend* backend = nullptr;  // not owned, must outlive *this; null: a CpuBackend
+    // Added to the model's own offset: a token is evicted iff u * scale - offset is above
+    // this. Higher keeps more, lower evicts more; 0 is as the model was trained.
+    float dms_threshold = 0;
   };
 
   // Consecutive tokens of one sequence: `tokens` take the positions from
@@ -37,6 +40,9 @@ class Transformer {
     // token's) or, with all_logits, tokens.size().
     float* logits = nullptr;
     bool all_logits = false;
+    // Where the tokens' own eviction bits go, [num_layers, n, num_kv_heads] (1: evict);
+    // null: not wanted. Left alone in the dense modes.
+    uint8_t* decisions = nullptr;
   };
 
   // Called after layer `layer` of every item has been appended to its cache.

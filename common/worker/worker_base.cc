@@ -69,7 +69,7 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config) {
   WINNOW_ASSIGN_OR_RETURN(
       std::unique_ptr<Runtime> runtime,
       Runtime::Create({.model_dir = config::ResolveModelDir(config.model),
-                       .adapter_dir = config.adapter == "none" ? std::string() : config.adapter,
+                       .adapter_dir = config::ResolveAdapterDir(config.model, config.adapter),
                        .kv_mode = config.kv_mode,
                        .kv_format = config.kv_format,
                        .kv_budget_bytes = config.kv_budget_bytes,

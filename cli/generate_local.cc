@@ -28,15 +28,14 @@ struct Call {
   Mutex mu;
   CondVar changed;
   std::vector<int32_t> tokens ABSL_GUARDED_BY(mu);  // not taken yet
+  std::vector<KvUsage> usages ABSL_GUARDED_BY(mu);  // beside `tokens`: the cost up to each
   std::optional<absl::Status> outcome ABSL_GUARDED_BY(mu);
   std::optional<FinishReason> finish_reason ABSL_GUARDED_BY(mu);  // with an OK outcome
-  KvUsage usage ABSL_GUARDED_BY(mu);
 
-  void End(absl::Status status, std::optional<FinishReason> reason, const KvUsage& kv) {
+  void End(absl::Status status, std::optional<FinishReason> reason) {
     MutexLock lock(&mu);
     outcome = std::move(status);
     finish_reason = reason;
-    usage = kv;
     changed.NotifyAll();
   }
 };
@@ -101,13 +100,15 @@ class LocalGenerator final : public Generator, private EventSink {
         &model_->tokenizer(), resolved.skip_special_tokens, resolved.stop,
         {resolved.sampling.stop_token_ids().begin(), resolved.sampling.stop_token_ids().end()});
     int completion_tokens = 0;
+    KvUsage usage;
     for (bool first = true;; first = false) {
       v1::GenerateResponse response;
       if (first) {
         response.mutable_prompt_token_ids()->Add(resolved.prompt_ids.begin(),
                                                  resolved.prompt_ids.end());
       }
-      const std::optional<absl::Status> outcome = Take(call.get(), deadline, &response);
+      std::vector<KvUsage> usages;
+      const std::optional<absl::Status> outcome = Take(call.get(), deadline, &response, &usages);
       if (absl::Now() >= deadline && !outcome.has_value()) {
         commands_.TryPush({.call = call, .cancel = true});
         return absl::DeadlineExceededError(
@@ -120,6 +121,7 @@ class LocalGenerator final : public Generator, private EventSink {
       }
       response.mutable_token_ids()->Truncate(taken);
       completion_tokens += taken;
+      if (taken > 0) usage = usages[static_cast<size_t>(taken) - 1];
       const bool stop_text = text.stop_text().has_value();
       if (outcome.has_value() && !outcome->ok() && !stop_text) return *outcome;
       if (stop_text && !outcome.has_value()) {
@@ -129,7 +131,7 @@ class LocalGenerator final : public Generator, private EventSink {
       if (outcome.has_value() || stop_text) {
         text.Finish(response.mutable_text());
         Finish(call.get(), text, static_cast<int>(resolved.prompt_ids.size()), completion_tokens,
-               &response);
+               usage, &response);
         on_response(response);
         return absl::OkStatus();
       }
@@ -158,13 +160,15 @@ class LocalGenerator final : public Generator, private EventSink {
 
   // Waits for tokens, the end or the deadline; moves the tokens into `response`.
   static std::optional<absl::Status> Take(Call* call, absl::Time deadline,
-                                          v1::GenerateResponse* response) {
+                                          v1::GenerateResponse* response,
+                                          std::vector<KvUsage>* usages) {
     MutexLock lock(&call->mu);
     while (call->tokens.empty() && !call->outcome.has_value() && absl::Now() < deadline) {
       call->changed.WaitFor(&call->mu, deadline - absl::Now());
     }
     response->mutable_token_ids()->Add(call->tokens.begin(), call->tokens.end());
     call->tokens.clear();
+    *usages = std::exchange(call->usages, {});
     return call->outcome;
   }
 
@@ -174,7 +178,7 @@ class LocalGenerator final : public Generator, private EventSink {
   }
 
   static void Finish(Call* call, const router::TextStream& text, int prompt_tokens,
-                     int completion_tokens, v1::GenerateResponse* response) {
+                     int completion_tokens, const KvUsage& cost, v1::GenerateResponse* response) {
     MutexLock lock(&call->mu);
     const bool stop = text.stopped() || call->finish_reason == FinishReason::kStop;
     response->set_finish_reason(stop ? v1::FINISH_REASON_STOP : v1::FINISH_REASON_LENGTH);
@@ -185,10 +189,10 @@ class LocalGenerator final : public Generator, private EventSink {
     usage->set_completion_tokens(completion_tokens);
     usage->set_total_tokens(prompt_tokens + completion_tokens);
     v1::KvUsage* kv = response->mutable_kv();
-    kv->set_peak_bytes(call->usage.peak_bytes);
-    kv->set_dense_bf16_bytes(call->usage.dense_bf16_bytes);
-    kv->set_live_tokens(call->usage.live_tokens);
-    kv->set_logical_tokens(call->usage.logical_tokens);
+    kv->set_peak_bytes(cost.peak_bytes);
+    kv->set_dense_bf16_bytes(cost.dense_bf16_bytes);
+    kv->set_live_tokens(cost.live_tokens);
+    kv->set_logical_tokens(cost.logical_tokens);
   }
 
   // The engine thread.
@@ -205,7 +209,7 @@ class LocalGenerator final : public Generator, private EventSink {
       }
       if (!engine_->Step() && !engine_->idle()) absl::SleepFor(absl::Milliseconds(1));
     }
-    for (auto& [id, call] : calls_) call->End(absl::CancelledError("shutting down"), {}, {});
+    for (auto& [id, call] : calls_) call->End(absl::CancelledError("shutting down"), {});
   }
 
   void Start(CallPtr call) {
@@ -214,30 +218,30 @@ class LocalGenerator final : public Generator, private EventSink {
     calls_[id] = call;
     if (absl::Status status = engine_->Add(call->request); !status.ok()) {
       calls_.erase(id);
-      call->End(std::move(status), {}, {});
+      call->End(std::move(status), {});
     }
   }
 
   void EndEarly(Call* call) {
     const uint64_t id = call->request.id;
     if (calls_.count(id) == 0) return;
-    early_usage_ = engine_->Usage(id).value_or(KvUsage{});
     engine_->Cancel(id);
   }
 
   // EventSink:
-  void OnToken(uint64_t id, int /*index*/, int32_t token) override {
+  void OnToken(uint64_t id, int /*index*/, int32_t token, const KvUsage& usage) override {
     Call* call = calls_.at(id).get();
     MutexLock lock(&call->mu);
     call->tokens.push_back(token);
+    call->usages.push_back(usage);
     call->changed.NotifyAll();
   }
-  void OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) override {
-    calls_.at(id)->End(absl::OkStatus(), reason, usage);
+  void OnFinished(uint64_t id, FinishReason reason, const KvUsage& /*usage*/) override {
+    calls_.at(id)->End(absl::OkStatus(), reason);
     calls_.erase(id);
   }
   void OnFailed(uint64_t id, absl::Status status) override {
-    calls_.at(id)->End(std::move(status), {}, std::exchange(early_usage_, {}));
+    calls_.at(id)->End(std::move(status), {});
     calls_.erase(id);
   }
 
@@ -250,8 +254,7 @@ class LocalGenerator final : public Generator, private EventSink {
   // The engine thread's.
   std::map<uint64_t, CallPtr> calls_;
   uint64_t next_id_ = 1;
-  KvUsage early_usage_;  // of the call that EndEarly() is about
-  std::thread thread_;   // last: it uses all of the above
+  std::thread thread_;  // last: it uses all of the above
 };
 
 }  // namespace
@@ -271,7 +274,8 @@ absl::StatusOr<std::unique_ptr<Generator>> NewLocalGenerator(const LocalOptions&
                        .prefill_chunk = options.prefill_chunk,
                        .max_num_seqs = options.max_num_seqs,
                        .max_model_len = model->max_model_len(),
-                       .threads = options.threads > 0 ? options.threads : cores}));
+                       .threads = options.threads > 0 ? options.threads : cores,
+                       .dms_threshold = options.dms_threshold}));
   return std::make_unique<LocalGenerator>(options, std::move(runtime), std::move(model));
 }
 

@@ -21,8 +21,10 @@ struct SequenceRequest {
 class TokenSink {
  public:
   virtual ~TokenSink() = default;
-  // Token `index` of the completion; index 0 only comes after a prefill here.
-  virtual void OnToken(int index, int32_t token) = 0;
+  // Token `index` of the completion, and what the sequence has cost so far; index 0 only
+  // comes after a prefill here.
+  virtual void OnToken(int index, int32_t token, const KvUsage& usage,
+                       uint64_t transferred_bytes) = 0;
   virtual void OnFinished(FinishReason reason, const KvUsage& usage,
                           uint64_t transferred_bytes) = 0;
   virtual void OnFailed(absl::Status status) = 0;

@@ -132,10 +132,11 @@ void DecodeLoop::End(uint64_t id, const absl::Status& status) {
   open->sink->OnFailed(status);
 }
 
-void DecodeLoop::OnToken(uint64_t id, int index, int32_t token) {
+void DecodeLoop::OnToken(uint64_t id, int index, int32_t token, const KvUsage& usage) {
   tokens_total_->Increment();
   const auto it = open_requests_.find(id);
-  if (it != open_requests_.end()) it->second->sink->OnToken(index, token);
+  if (it == open_requests_.end()) return;
+  it->second->sink->OnToken(index, token, usage, it->second->transferred_bytes);
 }
 
 void DecodeLoop::OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) {

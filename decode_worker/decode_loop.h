@@ -72,7 +72,7 @@ class DecodeLoop final : public DecodeEngine, private EventSink, private KvRecei
   void End(uint64_t id, const absl::Status& status);
 
   // EventSink:
-  void OnToken(uint64_t id, int index, int32_t token) override;
+  void OnToken(uint64_t id, int index, int32_t token, const KvUsage& usage) override;
   void OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) override;
   void OnFailed(uint64_t id, absl::Status status) override;
   // KvReceiver::Receiver:

@@ -19,10 +19,12 @@ class DecodeStream final : public EventStream<v1::DecodeEvent, DecodeEngine>, pu
   using EventStream::EventStream;
 
   // TokenSink:
-  void OnToken(int index, int32_t token) override {
+  void OnToken(int index, int32_t token, const KvUsage& usage,
+               uint64_t transferred_bytes) override {
     MutexLock lock(&mu_);
     if (pending_.token_ids().empty()) pending_.set_first_index(index);
     pending_.add_token_ids(token);
+    *pending_.mutable_kv() = ToProto(usage, transferred_bytes);
     next_index_ = index + 1;
     Pump();
   }

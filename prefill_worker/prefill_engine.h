@@ -25,7 +25,7 @@ class PromptSink {
  public:
   virtual ~PromptSink() = default;
   // The first token; the transfer goes on.
-  virtual void OnFirstToken(int32_t token) = 0;
+  virtual void OnFirstToken(int32_t token, const KvUsage& usage) = 0;
   // The first token, which ended the generation: nothing is transferred.
   virtual void OnEnded(int32_t token, FinishReason reason, const KvUsage& usage) = 0;
   // The decode worker has taken the sequence over.

@@ -204,8 +204,11 @@ void PrefillLoop::DropNeedless(absl::Time now) {
   });
 }
 
-void PrefillLoop::OnToken(uint64_t id, int /*index*/, int32_t token) {
-  if (Open* open = Find(id)) open->first_token = token;
+void PrefillLoop::OnToken(uint64_t id, int /*index*/, int32_t token, const KvUsage& usage) {
+  Open* open = Find(id);
+  if (open == nullptr) return;
+  open->first_token = token;
+  open->usage = usage;
 }
 
 void PrefillLoop::OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) {
@@ -237,7 +240,7 @@ void PrefillLoop::OnPrefilled(uint64_t id, SequenceCache cache) {
   Open* open = Find(id);
   if (open == nullptr || open->transfer == nullptr) return;
   early_layers_total_->Increment(open->transfer->acked_layers());
-  open->sink->OnFirstToken(*open->first_token);
+  open->sink->OnFirstToken(*open->first_token, open->usage);
   open->cache.emplace(std::move(cache));
   Pack(open, cache_->options().num_layers, *open->cache);
   open->transfer->SetFirstToken(*open->first_token);

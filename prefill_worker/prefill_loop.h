@@ -63,6 +63,7 @@ class PrefillLoop final : public PrefillEngine, private EventSink {
     std::shared_ptr<PromptSink> sink;
     std::shared_ptr<OutgoingTransfer> transfer;  // null: one token, nothing to transfer
     std::optional<int32_t> first_token;
+    KvUsage usage;                       // with first_token
     std::optional<SequenceCache> cache;  // set once prefilled
     int packed_layers = 0;
     std::vector<uint8_t> layer;  // a layer larger than a slot, being packed
@@ -91,7 +92,7 @@ class PrefillLoop final : public PrefillEngine, private EventSink {
   void PublishLoad();
 
   // EventSink:
-  void OnToken(uint64_t id, int index, int32_t token) override;
+  void OnToken(uint64_t id, int index, int32_t token, const KvUsage& usage) override;
   void OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) override;
   void OnFailed(uint64_t id, absl::Status status) override;
   void OnLayerFinal(uint64_t id, int layer, const SequenceCache& cache) override;

@@ -20,9 +20,11 @@ class PrefillStream final : public EventStream<v1::PrefillEvent, PrefillEngine>,
   using EventStream::EventStream;
 
   // PromptSink:
-  void OnFirstToken(int32_t token) override {
+  void OnFirstToken(int32_t token, const KvUsage& usage) override {
     MutexLock lock(&mu_);
-    events_.emplace_back().mutable_first_token()->set_token_id(token);
+    v1::FirstToken* first = events_.emplace_back().mutable_first_token();
+    first->set_token_id(token);
+    *first->mutable_kv() = ToProto(usage, /*transferred_bytes=*/0);
     Pump();
   }
   void OnEnded(int32_t token, FinishReason reason, const KvUsage& usage) override {

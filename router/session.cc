@@ -183,9 +183,10 @@ void Session::OnPrefillEvent(const v1::PrefillEvent& event) {
   if (event.has_first_token() && !attempt_.first_token_seen) {
     const v1::FirstToken& first = event.first_token();
     FirstTokenSeen();
+    // Decode events may have come before, and know more.
+    if (first.has_kv() && !attempt_.kv.has_value()) attempt_.kv = first.kv();
     std::vector<int32_t> tokens = {first.token_id()};
     if (first.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
-      attempt_.kv = first.kv();
       Emit(tokens);
       if (!ended_) FinishOk(first.finish_reason());
       return;
@@ -218,6 +219,7 @@ void Session::OnPrefillDone(const absl::Status& status) {
 }
 
 void Session::OnDecodeEvent(const v1::DecodeEvent& event) {
+  if (event.has_kv()) attempt_.kv = event.kv();
   if (event.token_ids_size() > 0) {
     const int expected = attempt_.decode_tokens + (attempt_.local_prefill ? 0 : 1);
     if (event.first_index() != expected ||
@@ -233,7 +235,6 @@ void Session::OnDecodeEvent(const v1::DecodeEvent& event) {
     attempt_.decode_tokens += event.token_ids_size();
     const std::vector<int32_t> tokens(event.token_ids().begin(), event.token_ids().end());
     if (attempt_.local_prefill && !attempt_.first_token_seen) FirstTokenSeen();
-    if (event.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) attempt_.kv = event.kv();
     if (attempt_.first_token_seen) {
       Emit(tokens);
       if (ended_) return;
@@ -243,7 +244,6 @@ void Session::OnDecodeEvent(const v1::DecodeEvent& event) {
   }
   if (event.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) {
     attempt_.decode_finish = event.finish_reason();
-    attempt_.kv = event.kv();
   }
   FinishIfComplete();
 }
@@ -294,8 +294,8 @@ void Session::Emit(const std::vector<int32_t>& tokens) {
 
 void Session::FinishIfComplete() {
   if (ended_ || attempt_.decode_finish == v1::FINISH_REASON_UNSPECIFIED) return;
-  const bool transfer_known =
-      attempt_.local_prefill || attempt_.transfer_done || attempt_.kv->transferred_bytes() > 0;
+  const bool transfer_known = attempt_.local_prefill || attempt_.transfer_done ||
+                              (attempt_.kv.has_value() && attempt_.kv->transferred_bytes() > 0);
   if (attempt_.first_token_seen && transfer_known) FinishOk(attempt_.decode_finish);
 }
 

@@ -65,7 +65,7 @@ std::string NiahRunner::WeightsDigest() const {
   return absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(digest.data()), 8));
 }
 
-void NiahRunner::OnToken(uint64_t /*id*/, int index, int32_t token) {
+void NiahRunner::OnToken(uint64_t /*id*/, int index, int32_t token, const KvUsage& /*usage*/) {
   if (index == 0) output_.first_token = absl::Now() - start_;
   output_.ids.push_back(token);
 }

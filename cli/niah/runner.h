@@ -51,7 +51,7 @@ class NiahRunner : private EventSink {
   NiahRunner() = default;
 
   // EventSink:
-  void OnToken(uint64_t id, int index, int32_t token) override;
+  void OnToken(uint64_t id, int index, int32_t token, const KvUsage& usage) override;
   void OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) override;
   void OnFailed(uint64_t id, absl::Status status) override;
 

@@ -137,16 +137,6 @@ void Engine::Cancel(uint64_t id) {
   if (found) sink_->OnFailed(id, absl::CancelledError("cancelled"));
 }
 
-std::optional<KvUsage> Engine::Usage(uint64_t id) const {
-  for (const SequencePtr& s : running_) {
-    if (s->request.id == id) return UsageOf(*s);
-  }
-  for (const SequencePtr& s : waiting_) {
-    if (s->request.id == id) return KvUsage{.peak_bytes = s->peak_bytes};
-  }
-  return std::nullopt;
-}
-
 int64_t Engine::ReservedPages() const {
   return cache_->StepReservePages(static_cast<int>(running_.size()));
 }
@@ -303,13 +293,13 @@ void Engine::Sampled(Sequence* sequence, int32_t token) {
   const Request& request = sequence->request;
   sequence->tokens.push_back(token);
   ++totals_.generated_tokens;
-  sink_->OnToken(request.id, sequence->generated() - 1, token);
+  const KvUsage usage = UsageOf(*sequence);
+  sink_->OnToken(request.id, sequence->generated() - 1, token, usage);
   const bool stop = std::find(request.stop_token_ids.begin(), request.stop_token_ids.end(),
                               token) != request.stop_token_ids.end();
   if (stop || sequence->generated() >= request.max_tokens ||
       static_cast<int>(sequence->tokens.size()) >= options_.max_model_len) {
     const uint64_t id = request.id;
-    const KvUsage usage = UsageOf(*sequence);
     Remove(sequence);
     sink_->OnFinished(id, stop ? FinishReason::kStop : FinishReason::kLength, usage);
   } else if (request.prefill_only) {

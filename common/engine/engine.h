@@ -70,10 +70,6 @@ class Engine {
   // them wait for memory that others (transfers) hold.
   bool Step();
 
-  // What an open request cost so far; nullopt for an unknown id. Nothing of it is held
-  // while it waits.
-  std::optional<KvUsage> Usage(uint64_t id) const;
-
   EngineStats stats() const;
   bool idle() const { return running_.empty() && waiting_.empty(); }
   // Pages that admission of anything else must leave free: one a span for each

@@ -36,8 +36,8 @@ struct Request {
 class EventSink {
  public:
   virtual ~EventSink() = default;
-  // Token `index` (0 is the first) of request `id`.
-  virtual void OnToken(uint64_t id, int index, int32_t token) = 0;
+  // Token `index` (0 is the first) of request `id`, and what the sequence has cost so far.
+  virtual void OnToken(uint64_t id, int index, int32_t token, const KvUsage& usage) = 0;
   // The request's last event. Its memory is free already.
   virtual void OnFinished(uint64_t id, FinishReason reason, const KvUsage& usage) = 0;
   // The request's last event: it failed, or was cancelled (CANCELLED).

@@ -29,7 +29,7 @@ class FakeEngine final : public DecodeEngine {
     threads_.emplace_back([this, r = std::move(r), sink = std::move(sink)] {
       const int first = r.transfer_id.empty() ? 0 : 1;
       for (int i = first; i < r.request.max_tokens; ++i) {
-        sink->OnToken(i, 100 + i);
+        sink->OnToken(i, 100 + i, {.peak_bytes = 3}, 2);
         if (hold) {
           MutexLock lock(&mu_);
           while (!cancelled_) changed_.Wait(&mu_);
@@ -93,7 +93,7 @@ class DecodeServiceTest : public testing::Test {
   std::vector<v1::DecodeEvent> events_;
 };
 
-TEST_F(DecodeServiceTest, StreamsEveryTokenInOrderAndUsageLast) {
+TEST_F(DecodeServiceTest, StreamsEveryTokenInOrderWithItsUsage) {
   request_.mutable_sampling()->add_stop_token_ids(3);
   const grpc::Status status = Call();
   EXPECT_TRUE(status.ok()) << status.error_message();
@@ -103,6 +103,9 @@ TEST_F(DecodeServiceTest, StreamsEveryTokenInOrderAndUsageLast) {
     for (int32_t token : event.token_ids()) ASSERT_EQ(token, 100 + next++);
   }
   EXPECT_EQ(next, 1000);
+  ASSERT_GT(events_.size(), 1u);
+  EXPECT_EQ(events_.front().kv().peak_bytes(), 3u);
+  EXPECT_EQ(events_.front().kv().transferred_bytes(), 2u);
   const v1::DecodeEvent& last = events_.back();
   EXPECT_EQ(last.finish_reason(), v1::FINISH_REASON_LENGTH);
   EXPECT_EQ(last.kv().peak_bytes(), 5u);

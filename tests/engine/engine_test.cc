@@ -26,7 +26,7 @@ class Recorder final : public EventSink {
     std::optional<SequenceCache> prefilled;
   };
 
-  void OnToken(uint64_t id, int index, int32_t token) override {
+  void OnToken(uint64_t id, int index, int32_t token, const KvUsage& /*usage*/) override {
     EXPECT_EQ(index, static_cast<int>(outcomes[id].tokens.size()) + first_index[id]);
     outcomes[id].tokens.push_back(token);
   }

@@ -13,7 +13,7 @@ namespace {
 
 class Collector final : public EventSink {
  public:
-  void OnToken(uint64_t id, int index, int32_t token) override {
+  void OnToken(uint64_t id, int index, int32_t token, const KvUsage& /*usage*/) override {
     EXPECT_EQ(index, static_cast<int>(tokens[id].size()));
     tokens[id].push_back(token);
   }

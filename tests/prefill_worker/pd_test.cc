@@ -18,7 +18,7 @@ using ::testing::HasSubstr;
 
 class Collector final : public EventSink {
  public:
-  void OnToken(uint64_t, int, int32_t token) override { tokens.push_back(token); }
+  void OnToken(uint64_t, int, int32_t token, const KvUsage&) override { tokens.push_back(token); }
   void OnFinished(uint64_t, FinishReason, const KvUsage&) override {}
   void OnFailed(uint64_t, absl::Status status) override { ADD_FAILURE() << status; }
   std::vector<int32_t> tokens;

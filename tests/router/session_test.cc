@@ -227,7 +227,9 @@ TEST_F(SessionTest, StopStringAcrossTokensCancelsBothLegs) {
   });
   decode_.SetDecode([this](auto* context, const auto&, auto* writer) {
     writer->Write(Tokens(1, {hello_.begin() + 1, hello_.begin() + 4}));
-    writer->Write(Tokens(4, {hello_.begin() + 4, hello_.end()}));
+    v1::DecodeEvent event = Tokens(4, {hello_.begin() + 4, hello_.end()});
+    event.mutable_kv()->set_peak_bytes(321);
+    writer->Write(event);
     return decode_.WaitCancelled(context);
   });
   StartPair();
@@ -240,7 +242,7 @@ TEST_F(SessionTest, StopStringAcrossTokensCancelsBothLegs) {
   EXPECT_THAT(outcome.token_ids(), ElementsAreArray(hello_.begin(), hello_.begin() + 7));
   EXPECT_EQ(outcome.last().finish_reason(), v1::FINISH_REASON_STOP);
   EXPECT_EQ(outcome.last().stop_text(), "lo w");
-  EXPECT_FALSE(outcome.last().has_kv());
+  EXPECT_EQ(outcome.last().kv().peak_bytes(), 321u);
   EXPECT_EQ(outcome.last().usage().completion_tokens(), 7);
   EXPECT_TRUE(prefill_.WaitForCancelled(1));
   EXPECT_TRUE(decode_.WaitForCancelled(1));

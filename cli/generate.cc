@@ -30,6 +30,7 @@ struct Options {
   bool local = false;
   std::string model = "default";
   std::string adapter = "default";
+  std::optional<float> dms_threshold;
   LocalOptions engine;
   std::string prompt;
   std::string prompts;
@@ -84,6 +85,8 @@ config::FlagSet Flags(Options* o) {
                   "With --local: how keys and values are kept.");
   flags.AddChoice("kv-format", &o->engine.kv_format, KvFormatNames(),
                   "With --local: takes the place of the format in --kv-mode.");
+  flags.AddOptionalFloat("dms-threshold", &o->dms_threshold, -1e6f, 1e6f,
+                         absl::StrCat("With --local, in ", config::kThresholdHelp));
   flags.AddBytes("kv-budget", &o->engine.kv_budget_bytes,
                  "With --local: memory of the KV cache, e.g. 512MiB.");
   flags.AddInt("prefill-chunk", &o->engine.prefill_chunk, 1, 65536,
@@ -129,6 +132,7 @@ absl::StatusOr<std::unique_ptr<Generator>> MakeGenerator(const Options& o) {
   if (!o.local) return NewServerGenerator(o.server);
   LocalOptions local = o.engine;
   local.model_dir = config::ResolveModelDir(o.model);
+  local.dms_threshold = o.dms_threshold.value_or(0);
   local.adapter_dir = config::ResolveAdapterDir(o.model, o.adapter);
   return NewLocalGenerator(local);
 }

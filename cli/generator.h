@@ -42,6 +42,7 @@ std::unique_ptr<Generator> NewServerGenerator(const std::string& address);
 struct LocalOptions {
   std::string model_dir;    // resolved
   std::string adapter_dir;  // "": none
+  float dms_threshold = 0;  // as RuntimeOptions
   std::string kv_mode = "dense-fp8";
   std::string kv_format;  // in place of kv_mode's, if not empty
   uint64_t kv_budget_bytes = uint64_t{1} << 30;

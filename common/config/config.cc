@@ -102,6 +102,7 @@ FlagSet WorkerFlags(const std::string& program, WorkerConfig* config) {
                   "workers of one router must agree.");
   flags.AddChoice("kv-format", &config->kv_format, KvFormatNames(),
                   "Takes the place of the format in --kv-mode. best: the least error in 8 bits.");
+  flags.AddOptionalFloat("dms-threshold", &config->dms_threshold, -1e6f, 1e6f, kThresholdHelp);
   flags.AddBytes("kv-budget", &config->kv_budget_bytes,
                  "Memory of the KV cache, allocated at start, e.g. 512MiB. Bounds how many and how "
                  "long sequences run at once.");

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,10 @@ std::string ResolveModelDir(const std::string& value);
 std::string ResolveAdapterDir(const std::string& model, const std::string& value);
 inline constexpr char kAdapterHelp[] =
     "Directory of a DMS adapter, none, or default: the default model's own; for the dms- modes.";
+
+inline constexpr char kThresholdHelp[] =
+    "dms- modes: evict a token iff its logit is above this. Higher keeps more and costs memory, "
+    "lower keeps less and costs quality; unset: 0, as trained.";
 
 // What every server has.
 struct ServerConfig {
@@ -49,7 +54,8 @@ struct WorkerConfig {
   std::string model = "default";
   std::string adapter = "default";
   std::string kv_mode = "dense-fp8";
-  std::string kv_format;  // in place of kv_mode's, if not empty
+  std::string kv_format;               // in place of kv_mode's, if not empty
+  std::optional<float> dms_threshold;  // RuntimeOptions::dms_threshold; unset: 0
   uint64_t kv_budget_bytes = uint64_t{1} << 30;
   int prefill_chunk = 512;  // tokens
   int max_num_seqs = 32;    // sequences in one batch

@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/base/status_macros.h"
 #include "nlohmann/json.hpp"
 
@@ -142,6 +143,26 @@ absl::StatusOr<std::optional<DmsConfig>> ParseDmsConfig(std::string_view text, b
   const Json* inner = Find(json, {"config"});
   if (inner == nullptr || !inner->is_object()) return config;
   return FromJson(*inner, has_q_norm);
+}
+
+std::string DescribeRule(const kernels::DecisionRule& rule) {
+  const char* source = "";
+  switch (rule.source) {
+    case kernels::DecisionSource::kNone:
+      return "";
+    case kernels::DecisionSource::kBorrowedAfterQNorm:
+      source = "q_norm";
+      break;
+    case kernels::DecisionSource::kBorrowedBeforeQNorm:
+      source = "q";
+      break;
+    case kernels::DecisionSource::kLogits:
+      source = "logits";
+      break;
+  }
+  // %.9g tells all floats apart.
+  return absl::StrFormat("%s*%.9g-%.9g%s", source, rule.scale, rule.offset,
+                         rule.per_layer ? "/layer" : "");
 }
 
 absl::StatusOr<std::optional<DmsConfig>> LoadDmsConfig(const std::string& model_dir,

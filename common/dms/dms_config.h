@@ -33,6 +33,9 @@ struct DmsConfig {
 // text that is not a JSON object or a value out of range.
 absl::StatusOr<std::optional<DmsConfig>> ParseDmsConfig(std::string_view json, bool has_q_norm);
 
+// The rule as one word, the same only for equal rules: "logits*100-7", "q_norm*100-5/layer".
+std::string DescribeRule(const kernels::DecisionRule& rule);
+
 // Looks in adapter_dir ("": none) for dms_metadata.json, which must be there and
 // name a DMS key; else in model_dir for dms_metadata.json, then config.json.
 // nullopt: no DMS. NOT_FOUND if an adapter directory lacks the file.

@@ -84,6 +84,13 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
   return runtime;
 }
 
+kernels::DecisionRule Runtime::decision_rule() const {
+  if (!kv_mode_.dms) return {};
+  kernels::DecisionRule rule = model_->dms()->rule;
+  rule.offset += options_.dms_threshold;
+  return rule;
+}
+
 std::unique_ptr<Engine> Runtime::NewEngine(EventSink* sink, int max_waiting) {
   return std::make_unique<Engine>(EngineOptions{.prefill_chunk = options_.prefill_chunk,
                                                 .max_num_seqs = options_.max_num_seqs,

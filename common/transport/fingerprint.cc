@@ -22,6 +22,7 @@ absl::Status CheckEqual(const char* field, const T& ours, const T& theirs) {
 }  // namespace
 
 v1::LayoutFingerprint MakeFingerprint(const KvCacheOptions& cache, const std::string& kv_mode,
+                                      const std::string& decision_rule,
                                       const std::array<uint8_t, 32>& weights_digest,
                                       const std::string& architecture,
                                       const std::string& compute_path) {
@@ -35,6 +36,7 @@ v1::LayoutFingerprint MakeFingerprint(const KvCacheOptions& cache, const std::st
   out.set_kv_mode(kv_mode);
   out.set_window(cache.window);
   out.set_decision_shift(cache.window > 0 ? cache.shift : 0);
+  out.set_decision_rule(decision_rule);
   out.set_compute_path(compute_path);
   return out;
 }
@@ -52,6 +54,7 @@ absl::Status CheckFingerprint(const v1::LayoutFingerprint& ours,
   WINNOW_RETURN_IF_ERROR(CheckEqual<int64_t>("window", ours.window(), theirs.window()));
   WINNOW_RETURN_IF_ERROR(
       CheckEqual<int64_t>("decision_shift", ours.decision_shift(), theirs.decision_shift()));
+  WINNOW_RETURN_IF_ERROR(CheckEqual("decision_rule", ours.decision_rule(), theirs.decision_rule()));
   // Last: two different models usually differ in something more telling.
   return CheckEqual("weights_digest", absl::BytesToHexString(ours.weights_digest()),
                     absl::BytesToHexString(theirs.weights_digest().substr(0, 64)));

@@ -76,7 +76,8 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config) {
                        .prefill_chunk = config.prefill_chunk,
                        .max_num_seqs = config.max_num_seqs,
                        .max_model_len = config.max_model_len,
-                       .threads = config.threads == 0 ? cores : config.threads}));
+                       .threads = config.threads == 0 ? cores : config.threads,
+                       .dms_threshold = config.dms_threshold.value_or(0)}));
   return MakeWorkerBase(std::move(runtime));
 }
 
@@ -93,9 +94,9 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(std::unique_ptr<Runtime> runtime,
   WINNOW_ASSIGN_OR_RETURN(base.ring, StagingRing::Create(static_cast<int>(num_slots), slot_bytes));
   base.limits = LimitsOf(cache, max_tokens, slot_bytes);
   const Model& model = runtime->model();
-  base.layout =
-      MakeFingerprint(cache, KvModeName(runtime->kv_mode()), model.digest(),
-                      model.config().architecture, kernels::CpuPathName(kernels::ActiveCpuPath()));
+  base.layout = MakeFingerprint(
+      cache, KvModeName(runtime->kv_mode()), DescribeRule(runtime->decision_rule()), model.digest(),
+      model.config().architecture, kernels::CpuPathName(kernels::ActiveCpuPath()));
   base.incarnation = DrawIncarnation();
   base.runtime = std::move(runtime);
   LogLine(LogLevel::kInfo, "staging",

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -110,6 +111,19 @@ TEST(DmsConfig, ProbeAdapter) {
   EXPECT_EQ((*config)->shift, 1);
   EXPECT_EQ((*config)->rule.source, DecisionSource::kLogits);
   EXPECT_FALSE((*config)->rule.per_layer);
+}
+
+TEST(DescribeRuleTest, TellsRulesApart) {
+  kernels::DecisionRule rule;
+  EXPECT_EQ(DescribeRule(rule), "");
+  rule.source = kernels::DecisionSource::kLogits;
+  EXPECT_EQ(DescribeRule(rule), "logits*100-5");
+  rule.offset = 6.5f;
+  rule.per_layer = true;
+  EXPECT_EQ(DescribeRule(rule), "logits*100-6.5/layer");
+  rule.source = kernels::DecisionSource::kBorrowedAfterQNorm;
+  rule.offset = std::nextafter(6.5f, 7.0f);
+  EXPECT_EQ(DescribeRule(rule), "q_norm*100-6.50000048/layer");
 }
 
 }  // namespace

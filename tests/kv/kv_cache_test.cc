@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include "common/kv/kv_mode.h"
-#include "common/kv/layout_fingerprint.h"
 #include "common/kv/sequence_cache.h"
 
 namespace winnow {
@@ -114,30 +113,6 @@ TEST(KvMode, BestIsResolvedAndAFormatTakesPrecedence) {
   EXPECT_EQ(KvModeName(*ParseKvMode("dms-best", "k8v8")), "dms-k8v8");
   EXPECT_EQ(ParseKvMode("dms-fp8", "fp4").status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ParseKvMode("fp8", "fp8").status().code(), absl::StatusCode::kInvalidArgument);
-}
-
-TEST(LayoutFingerprint, NamesTheDifferingField) {
-  const LayoutFingerprint ours = FingerprintOf(Small());
-  EXPECT_TRUE(CheckSameLayout(ours, FingerprintOf(Small())).ok());
-  const auto differs = [&](auto change, const char* field) {
-    LayoutFingerprint theirs = ours;
-    change(&theirs);
-    const absl::Status status = CheckSameLayout(ours, theirs);
-    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-    EXPECT_NE(status.message().find(field), absl::string_view::npos) << status;
-  };
-  differs([](auto* f) { f->format = "bf16"; }, "format");
-  differs([](auto* f) { ++f->num_layers; }, "num_layers");
-  differs([](auto* f) { ++f->num_kv_heads; }, "num_kv_heads");
-  differs([](auto* f) { f->head_dim = 128; }, "head_dim");
-  differs([](auto* f) { f->window = 0; }, "window");
-  differs([](auto* f) { f->shift = 0; }, "shift");
-  // Dense caches have no shift to differ in.
-  KvCacheOptions dense = Small();
-  dense.window = 0;
-  KvCacheOptions shifted = dense;
-  shifted.shift = 0;
-  EXPECT_TRUE(CheckSameLayout(FingerprintOf(dense), FingerprintOf(shifted)).ok());
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ v1::LayoutFingerprint Ours() {
                           .head_dim = 64,
                           .window = 16,
                           .shift = 1},
-                         "dms-fp8", digest, "llama", "avx2");
+                         "dms-fp8", "logits*100-7", digest, "llama", "avx2");
 }
 
 TEST(FingerprintTest, SameLayoutOnAnotherMachineAgrees) {
@@ -41,6 +41,8 @@ TEST(FingerprintTest, RefusalNamesTheFieldAndBothValues) {
        [](auto* f) { f->set_kv_mode("dms-int8h"); }},
       {"window: ours is 16, the peer's 32", [](auto* f) { f->set_window(32); }},
       {"decision_shift: ours is 1, the peer's 0", [](auto* f) { f->set_decision_shift(0); }},
+      {"decision_rule: ours is logits*100-7, the peer's logits*100-5",
+       [](auto* f) { f->set_decision_rule("logits*100-5"); }},
       {"weights_digest: ours is 00000009", [](auto* f) { (*f->mutable_weights_digest())[0] = 1; }},
       {"weights_digest: ours is 00000009", [](auto* f) { f->clear_weights_digest(); }},
       {"weights_digest: ours is 00000009",

@@ -11,7 +11,7 @@ decision is judged on the very history that the engine had, and
 
 How far that is, is measured, not guessed: the same forward in float64 differs from the float32 one by rounding alone
 (BF16 ties of K and V included). Two float32 programs may each be that far from it, on their own tokens; the bounds are
-`MARGIN` times the largest difference seen.
+`MARGIN` times the largest difference seen, and for the logits' root mean square `MARGIN_RMS` times its own.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from winnow_training.adapter import load_student
 from winnow_training.model import Model, model_directory, rope_table
 
-MARGIN = 4.0
+MARGIN, MARGIN_RMS = 4.0, 2.0
 MOST_DIFFERING = 0.005
 
 
@@ -105,12 +105,14 @@ def compare(model: Model, dump: Dump, window: int, limit: float) -> dict:
   """Figures and the verdict `agrees`."""
   margins, logits = reference(model, dump, window, limit, torch.float32)
   exact_margins, exact_logits = reference(model, dump, window, limit, torch.float64)
-  noise = (logits - exact_logits).abs().max().item()
-  logit_error = (dump.logits - exact_logits).abs().max().item()
+  rms = lambda x: x.square().mean().sqrt().item()
+  noise, noise_rms = (logits - exact_logits).abs().max().item(), rms(logits - exact_logits)
+  logit_error, error_rms = (dump.logits - exact_logits).abs().max().item(), rms(dump.logits - exact_logits)
   report = {"tokens": len(dump.tokens), "scored_rows": len(dump.logits), "logit_noise": noise,
             "logit_bound": MARGIN * noise, "logit_error": logit_error,
+            "logit_rms_bound": MARGIN_RMS * noise_rms, "logit_rms_error": error_rms, "logit_rms": rms(exact_logits),
             "top1_equal": (dump.logits.argmax(-1) == exact_logits.argmax(-1)).double().mean().item()}
-  agrees = logit_error <= MARGIN * noise
+  agrees = logit_error <= MARGIN * noise and error_rms <= MARGIN_RMS * noise_rms
   if dump.decisions is not None:
     noise = (margins - exact_margins).abs().max().item()
     differ = (exact_margins > 0) != dump.decisions

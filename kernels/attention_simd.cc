@@ -109,12 +109,14 @@ void LoadScales(const KeyBlock& block, float unit, float* scales) {
 // K of a block as floats, transposed: kt [head_dim][kBlockKeys]. Takes kBytes of
 // a row at a time.
 template <KvElement kElement, size_t kBytes>
-void LoadKeyBytes(const KeyBlock& block, const float* scales, int head_dim, float* kt) {
+void LoadKeyBytes(const KeyBlock& block, int head_dim, float* kt) {
   using T = Code<kElement>;
   constexpr int kSide = 16 / sizeof(T);
   constexpr int kWidth = kBytes / sizeof(T);
   const hn::CappedTag<float, kSide> d;
   const int lanes = static_cast<int>(hn::Lanes(d));
+  [[maybe_unused]] alignas(64) float scales[kBlockKeys];
+  if constexpr (KvScaleBytes(kElement) > 0) LoadScales(block, kCodeUnit<kElement>, scales);
   alignas(64) T squares[kSide * kWidth];
   for (int i = 0; i < kBlockKeys; i += kSide) {
     for (int at = 0; at < head_dim; at += kWidth) {
@@ -134,16 +136,14 @@ void LoadKeyBytes(const KeyBlock& block, const float* scales, int head_dim, floa
 
 template <KvElement kElement>
 void LoadKeys(const KeyBlock& block, int head_dim, float* kt) {
-  alignas(64) float scales[kBlockKeys];
-  if constexpr (KvScaleBytes(kElement) > 0) LoadScales(block, kCodeUnit<kElement>, scales);
   const size_t row_bytes = static_cast<size_t>(head_dim) * KvElementBytes(kElement);
   if constexpr (HWY_MAX_BYTES >= 64) {
-    if (row_bytes % 64 == 0) return LoadKeyBytes<kElement, 64>(block, scales, head_dim, kt);
+    if (row_bytes % 64 == 0) return LoadKeyBytes<kElement, 64>(block, head_dim, kt);
   }
   if constexpr (HWY_MAX_BYTES >= 32) {
-    if (row_bytes % 32 == 0) return LoadKeyBytes<kElement, 32>(block, scales, head_dim, kt);
+    if (row_bytes % 32 == 0) return LoadKeyBytes<kElement, 32>(block, head_dim, kt);
   }
-  LoadKeyBytes<kElement, 16>(block, scales, head_dim, kt);
+  LoadKeyBytes<kElement, 16>(block, head_dim, kt);
 }
 
 // V of a block as floats, vb [count][head_dim].
@@ -151,7 +151,7 @@ template <KvElement kElement>
 void LoadValues(const KeyBlock& block, int head_dim, float* vb) {
   const DF d;
   const int lanes = static_cast<int>(hn::Lanes(d));
-  alignas(64) float scales[kBlockKeys];
+  [[maybe_unused]] alignas(64) float scales[kBlockKeys];
   if constexpr (KvScaleBytes(kElement) > 0) LoadScales(block, kCodeUnit<kElement>, scales);
   for (int i = 0; i < block.count; ++i) {
     const auto* row = reinterpret_cast<const Code<kElement>*>(block.element[i]);

@@ -8,6 +8,9 @@ SERVICES=()
 start_service() {
   local name=$1
   shift
+  # Made here, so that wait_ready finds them before the child has run.
+  : > "$LOGS/$name.out"
+  : > "$LOGS/$name.log"
   setsid setpriv --pdeathsig TERM -- "$@" > "$LOGS/$name.out" 2> "$LOGS/$name.log" < /dev/null &
   SERVICES+=("$name:$!")
 }

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -53,7 +54,7 @@ config::FlagSet MakeFlags(EvalFlags* f) {
                   "short: FastDMS' own protocol, 4 prompts of 1024 tokens and 16 greedy tokens, "
                   "teacher-forced and free-running");
   flags.AddInt("prefill-chunk", &o.prefill_chunk, 1, 65536,
-               "tokens computed together; changes memory, no figure");
+               "tokens computed together, 512 at most; changes memory, no figure");
   flags.AddInt("threads", &f->threads, 0, 1024, "CPU threads; 0: one a core");
   flags.AddBool("bf16-activations", &o.bf16_activations,
                 "round the activations of the modes to BF16, as serving does; the base keeps "
@@ -82,8 +83,18 @@ absl::Status ParseList(std::string_view flag, const std::string& text, Parse par
   return absl::OkStatus();
 }
 
-absl::Status Resolve(EvalFlags* f) {
+absl::Status Resolve(const config::FlagSet& flags, EvalFlags* f) {
   EvaluateOptions& o = f->options;
+  if (f->protocol == "short") {
+    for (const char* flag :
+         {"context", "windows", "scoring", "stride", "decode-tail", "noise", "resume", "dump"}) {
+      if (!flags.IsSet(flag)) continue;
+      return absl::InvalidArgumentError(absl::StrCat("--", flag, " is not for --protocol short"));
+    }
+  }
+  if (flags.IsSet("stride") && f->scoring != "stride") {
+    return absl::InvalidArgumentError("--stride is for --scoring stride");
+  }
   if (o.text_file.empty()) return absl::InvalidArgumentError("--text is missing");
   o.model_dir = config::ResolveModelDir(f->model);
   o.adapter_dir = config::ResolveAdapterDir(f->model, f->adapter);
@@ -97,7 +108,8 @@ absl::Status Resolve(EvalFlags* f) {
       &o.thresholds));
   if (f->scoring == "half") o.scoring = Scoring::kHalf;
   if (f->scoring == "stride") o.scoring = Scoring::kStride;
-  o.threads = f->threads > 0 ? f->threads : static_cast<int>(std::thread::hardware_concurrency());
+  o.threads = f->threads > 0 ? f->threads
+                             : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   if (f->resume && !f->json.empty()) o.resume_file = f->json + ".partial";
   return absl::OkStatus();
 }
@@ -150,7 +162,7 @@ int RunEval(int argc, char** argv, int first) {
   if (const auto code = config::ParseOrExitCode(&flags, "winnow eval", argc, argv, first))
     return *code;
   SetLogLevel(LogLevel::kWarning);
-  if (const absl::Status status = Resolve(&f); !status.ok()) {
+  if (const absl::Status status = Resolve(flags, &f); !status.ok()) {
     std::fprintf(stderr, "winnow eval: %s\n", std::string(status.message()).c_str());
     return 2;
   }
@@ -169,7 +181,9 @@ int RunEval(int argc, char** argv, int first) {
       PrintModes(part);
     }
   }
-  return WriteJson(f.json, *result);
+  const int code = WriteJson(f.json, *result);
+  if (code == 0 && !f.options.resume_file.empty()) std::remove(f.options.resume_file.c_str());
+  return code;
 }
 
 }  // namespace winnow::cli

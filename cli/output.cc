@@ -29,7 +29,8 @@ absl::Status WriteFile(const std::string& path, const std::string& text) {
 
 int WriteJson(const std::string& path, const nlohmann::ordered_json& json) {
   if (path.empty()) return 0;
-  const absl::Status status = WriteFile(path, json.dump(2) + "\n");
+  const absl::Status status = WriteFile(
+      path, json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
   return status.ok() ? 0 : PrintError(status);
 }
 

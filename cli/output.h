@@ -14,7 +14,8 @@ int PrintError(const absl::Status& status);
 //   UNAVAILABLE  it cannot be written; the message names it.
 absl::Status WriteFile(const std::string& path, const std::string& text);
 
-// Writes `json` to `path` ("": nowhere). Returns the exit code, having said what failed.
+// Writes `json` to `path` ("": nowhere); what is no UTF-8 in it becomes U+FFFD. Returns the exit
+// code, having said what failed.
 int WriteJson(const std::string& path, const nlohmann::ordered_json& json);
 
 }  // namespace winnow::cli

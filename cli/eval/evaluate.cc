@@ -54,6 +54,7 @@ class Evaluation {
   absl::Status DumpWindow(const EvalWindow& window);
   // Tokens from `begin` that go in together: never across a memory mark or into the tail.
   int PieceLength(const EvalWindow& window, int begin) const;
+  int MaxPiece() const { return std::min(options_.prefill_chunk, kMemoryStep); }
   nlohmann::ordered_json Head() const;
   absl::Span<const int32_t> Tokens(const EvalWindow& window) const {
     return absl::MakeConstSpan(tokens_).subspan(static_cast<size_t>(window.begin),
@@ -91,7 +92,7 @@ absl::Status Evaluation::Prepare() {
   const LaneOptions lane{.model_dir = options_.model_dir,
                          .adapter_dir = options_.adapter_dir,
                          .context = longest,
-                         .prefill_chunk = options_.prefill_chunk,
+                         .prefill_chunk = MaxPiece(),
                          .threads = options_.threads};
   LaneModels models(options_.model_dir, options_.adapter_dir);
   const auto create = [&](const EvalMode& mode,
@@ -116,7 +117,7 @@ absl::Status Evaluation::Prepare() {
     WINNOW_ASSIGN_OR_RETURN(lanes_.back(),
                             create({.name = kNoise, .kv_mode = kBaseMode}, ActivationType::kBf16));
   }
-  const size_t rows = static_cast<size_t>(std::min(options_.prefill_chunk, longest));
+  const size_t rows = static_cast<size_t>(std::min(MaxPiece(), longest));
   base_logits_.resize(rows * static_cast<size_t>(config().vocab_size));
   lane_logits_.resize(base_logits_.size());
   base_stats_.resize(rows);
@@ -128,7 +129,7 @@ int Evaluation::PieceLength(const EvalWindow& window, int begin) const {
   const int tail = std::max(window.length - options_.decode_tail, 0);
   if (begin >= tail) return 1;
   const int mark = (begin / kMemoryStep + 1) * kMemoryStep;
-  return std::min({begin + options_.prefill_chunk, mark, tail}) - begin;
+  return std::min({begin + MaxPiece(), mark, tail}) - begin;
 }
 
 void Evaluation::ScoreRows(const EvalWindow& window, int begin, int count, int first_row,
@@ -286,8 +287,7 @@ absl::StatusOr<nlohmann::ordered_json> Evaluation::Run() {
   key["lanes"] = nlohmann::json::array();
   for (size_t i = 0; i < lanes_.size(); ++i) {
     const Lane& lane = same_as_base_[i] ? *base_ : *lanes_[i];
-    key["lanes"].push_back({i < modes_.size() ? modes_[i].name : kNoise,
-                            i < modes_.size() ? modes_[i].threshold : 0.0f, lane.model().digest()});
+    key["lanes"].push_back({i < modes_.size() ? modes_[i].name : kNoise, lane.Describe()});
   }
   WINNOW_ASSIGN_OR_RETURN(ResumeFile resume, ResumeFile::Open(options_.resume_file, key));
   for (const int context : options_.contexts) {
@@ -303,7 +303,6 @@ absl::StatusOr<nlohmann::ordered_json> Evaluation::Run() {
   if (!options_.dump_file.empty()) {
     WINNOW_RETURN_IF_ERROR(DumpWindow({.begin = 0, .length = options_.contexts.front()}));
   }
-  resume.Remove();
   return result;
 }
 

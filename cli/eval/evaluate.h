@@ -20,13 +20,15 @@ struct EvaluateOptions {
   Scoring scoring = Scoring::kAll;
   int stride = 0;       // tokens; kStride only
   int decode_tail = 0;  // last tokens of a window that are decoded one by one; no figure changes
-  int prefill_chunk = 256;  // changes no figure
+  int prefill_chunk = 256;  // at most 512 count; changes no figure
   int threads = 1;
   bool bf16_activations = false;  // default: float32, so that the run adds no noise
   bool noise = true;              // measure what BF16 activations alone do to dense-bf16
-  std::string resume_file;        // where a run leaves its sums after each window; "": nowhere
-  std::string dump_file;          // WriteDump() of the first window; "": none
-  bool progress = true;           // on standard error
+  // Where a run leaves its sums after each window, "": nowhere. The caller deletes it when
+  // it has kept the result.
+  std::string resume_file;
+  std::string dump_file;  // WriteDump() of the first window; "": none
+  bool progress = true;   // on standard error
 };
 
 // Scores windows of a text in every mode against mode dense-bf16 in lockstep:

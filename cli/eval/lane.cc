@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/kv/kv_mode.h"
 
@@ -30,6 +32,17 @@ absl::StatusOr<std::unique_ptr<Lane>> Lane::Create(const LaneOptions& options, c
   WINNOW_ASSIGN_OR_RETURN(std::unique_ptr<Runtime> created,
                           Runtime::Create(runtime, std::move(model)));
   return std::unique_ptr<Lane>(new Lane(mode.name, std::move(created)));
+}
+
+std::string Lane::Describe() const {
+  const KvCacheOptions& cache = runtime_->cache()->options();
+  const auto& digest = model().digest();
+  return absl::StrCat(
+      KvModeName(runtime_->kv_mode()), " ", DescribeRule(runtime_->decision_rule()), " window ",
+      cache.window, " shift ", cache.shift,
+      runtime_->options().activations == ActivationType::kBf16 ? " bf16 " : " float32 ",
+      absl::BytesToHexString(
+          absl::string_view(reinterpret_cast<const char*>(digest.data()), digest.size())));
 }
 
 absl::Status Lane::Begin() {

@@ -15,6 +15,10 @@ absl::StatusOr<std::vector<EvalMode>> ParseEvalModes(const std::vector<std::stri
                                                      const std::vector<float>& thresholds) {
   std::vector<EvalMode> modes;
   const auto add = [&modes](EvalMode mode) -> absl::Status {
+    if (!(std::abs(mode.threshold) <= 1e6f)) {
+      return absl::InvalidArgumentError(absl::StrCat("mode ", mode.name, ": the threshold ",
+                                                     mode.threshold, " is outside [-1e6, 1e6]"));
+    }
     for (const EvalMode& other : modes) {
       if (other.name == mode.name) {
         return absl::InvalidArgumentError(absl::StrCat("mode ", mode.name, " is given twice"));
@@ -29,7 +33,7 @@ absl::StatusOr<std::vector<EvalMode>> ParseEvalModes(const std::vector<std::stri
     WINNOW_ASSIGN_OR_RETURN(const KvMode parsed, ParseKvMode(kv_mode));
     if (at != std::string::npos) {
       float threshold = 0;
-      if (!absl::SimpleAtof(name.substr(at + 1), &threshold) || !std::isfinite(threshold)) {
+      if (!absl::SimpleAtof(name.substr(at + 1), &threshold)) {
         return absl::InvalidArgumentError(
             absl::StrCat("mode ", name, ": \"", name.substr(at + 1), "\" is no threshold"));
       }

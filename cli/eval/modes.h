@@ -17,8 +17,8 @@ struct EvalMode {
 // A mode's name is a KV mode, or a dms- mode at a threshold of its own: "dms-fp8@-2".
 // A dms- mode without one runs at each of `thresholds` (empty: 0), under its plain name
 // if there is one threshold, else under NAME@THRESHOLD.
-//   INVALID_ARGUMENT  no name; an unknown or repeated one; a threshold that is no number or
-//                     is given to a dense mode.
+//   INVALID_ARGUMENT  no name; an unknown or repeated one; a threshold that is no number,
+//                     outside [-1e6, 1e6] or given to a dense mode.
 absl::StatusOr<std::vector<EvalMode>> ParseEvalModes(const std::vector<std::string>& names,
                                                      const std::vector<float>& thresholds);
 

@@ -1,6 +1,5 @@
 #include "cli/eval/resume.h"
 
-#include <cstdio>
 #include <fstream>
 #include <utility>
 
@@ -8,17 +7,25 @@
 #include "cli/output.h"
 
 namespace winnow::cli {
+namespace {
+
+std::string Dump(const nlohmann::json& json) {
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace
 
 absl::StatusOr<ResumeFile> ResumeFile::Open(const std::string& path, const nlohmann::json& key) {
   ResumeFile file(path);
-  file.key_ = key;
+  // As it reads back: a path need not be UTF-8.
+  file.key_ = nlohmann::json::parse(Dump(key));
   std::ifstream in;
   if (!path.empty()) in.open(path);
   if (!in.is_open()) return file;
   bool same = false;
   try {
     const nlohmann::json saved = nlohmann::json::parse(in);
-    same = saved.at("key") == key;
+    same = saved.at("key") == file.key_;
     if (same) saved.at("contexts").get_to(file.contexts_);
   } catch (const nlohmann::json::exception&) {
     same = false;
@@ -39,11 +46,7 @@ std::vector<Score> ResumeFile::Scores(int context, size_t num_lanes) const {
 absl::Status ResumeFile::Save(int context, const std::vector<Score>& scores) {
   if (path_.empty()) return absl::OkStatus();
   contexts_[absl::StrCat(context)] = scores;
-  return WriteFile(path_, nlohmann::json{{"key", key_}, {"contexts", contexts_}}.dump());
-}
-
-void ResumeFile::Remove() {
-  if (!path_.empty()) std::remove(path_.c_str());
+  return WriteFile(path_, Dump({{"key", key_}, {"contexts", contexts_}}));
 }
 
 }  // namespace winnow::cli

@@ -23,8 +23,6 @@ class ResumeFile {
   std::vector<Score> Scores(int context, size_t num_lanes) const;
   // UNAVAILABLE: the file cannot be written.
   absl::Status Save(int context, const std::vector<Score>& scores);
-  // Deletes the file: the evaluation is whole.
-  void Remove();
 
  private:
   explicit ResumeFile(std::string path) : path_(std::move(path)) {}

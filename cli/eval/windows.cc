@@ -22,6 +22,10 @@ absl::StatusOr<std::vector<EvalWindow>> PlanWindows(int64_t num_tokens, int cont
     return absl::InvalidArgumentError(absl::StrCat("the text has ", num_tokens, " tokens; ", count,
                                                    " windows of ", context, " need ", needed));
   }
+  if (scoring == Scoring::kHalf && context < 3) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("context=", context, " leaves nothing to score in its second half"));
+  }
   std::vector<EvalWindow> windows;
   windows.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) {

@@ -49,12 +49,10 @@ std::string ResolveAdapterDir(const std::string& model, const std::string& value
   std::error_code error;
   const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", error);
   if (error) return "";
-  for (const char* place : {"../share/winnow/adapters", "../../../training/adapters"}) {
-    const std::filesystem::path dir =
-        (program.parent_path() / place / "smollm2-135m-lora8").lexically_normal();
-    if (std::filesystem::exists(dir / "dms_metadata.json", error)) return dir.string();
-  }
-  return "";
+  // build/PRESET/bin/PROGRAM
+  const std::filesystem::path dir =
+      (program.parent_path() / "../../../training/adapters/smollm2-135m-lora8").lexically_normal();
+  return std::filesystem::exists(dir / "dms_metadata.json", error) ? dir.string() : "";
 }
 
 FlagSet RouterFlags(RouterConfig* config) {

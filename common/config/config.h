@@ -19,15 +19,15 @@ std::string ResolveModelDir(const std::string& value);
 
 // The directory that an --adapter value names beside this --model value, "" for none:
 // "none" is none; "default" or "" is the default model's own adapter where --model is the
-// default one, else none. That adapter is $WINNOW_DEFAULT_ADAPTER or lies beside this
-// program, in share/winnow/adapters of an installation or training/adapters of a checkout.
+// default one, else none. That adapter is $WINNOW_DEFAULT_ADAPTER, else the one
+// in training/adapters of the checkout that this program was built in.
 std::string ResolveAdapterDir(const std::string& model, const std::string& value);
 inline constexpr char kAdapterHelp[] =
     "Directory of a DMS adapter, none, or default: the default model's own; for the dms- modes.";
 
 inline constexpr char kThresholdHelp[] =
     "dms- modes: evict a token iff its logit is above this. Higher keeps more and costs memory, "
-    "lower keeps less and costs quality; unset: 0, as trained.";
+    "lower keeps less and costs quality; unset: 0, as trained. All workers of a router must agree.";
 
 // What every server has.
 struct ServerConfig {

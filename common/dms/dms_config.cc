@@ -146,23 +146,16 @@ absl::StatusOr<std::optional<DmsConfig>> ParseDmsConfig(std::string_view text, b
 }
 
 std::string DescribeRule(const kernels::DecisionRule& rule) {
-  const char* source = "";
-  switch (rule.source) {
-    case kernels::DecisionSource::kNone:
-      return "";
-    case kernels::DecisionSource::kBorrowedAfterQNorm:
-      source = "q_norm";
-      break;
-    case kernels::DecisionSource::kBorrowedBeforeQNorm:
-      source = "q";
-      break;
-    case kernels::DecisionSource::kLogits:
-      source = "logits";
-      break;
-  }
+  const char* zeroing = "";
+  if (rule.zeroing == kernels::ChannelZeroing::kBeforeRope) zeroing = "/zero_before_rope";
+  if (rule.zeroing == kernels::ChannelZeroing::kBeforeAndAfterRope) zeroing = "/zero_both";
+  if (rule.source == kernels::DecisionSource::kNone) return zeroing;
+  const char* source = "logits";
+  if (rule.source == kernels::DecisionSource::kBorrowedAfterQNorm) source = "q_norm";
+  if (rule.source == kernels::DecisionSource::kBorrowedBeforeQNorm) source = "q";
   // %.9g tells all floats apart.
-  return absl::StrFormat("%s*%.9g-%.9g%s", source, rule.scale, rule.offset,
-                         rule.per_layer ? "/layer" : "");
+  return absl::StrFormat("%s*%.9g-%.9g%s%s", source, rule.scale, rule.offset,
+                         rule.per_layer ? "/layer" : "", zeroing);
 }
 
 absl::StatusOr<std::optional<DmsConfig>> LoadDmsConfig(const std::string& model_dir,

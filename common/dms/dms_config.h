@@ -33,7 +33,8 @@ struct DmsConfig {
 // text that is not a JSON object or a value out of range.
 absl::StatusOr<std::optional<DmsConfig>> ParseDmsConfig(std::string_view json, bool has_q_norm);
 
-// The rule as one word, the same only for equal rules: "logits*100-7", "q_norm*100-5/layer".
+// The rule as one word, the same only for rules that compute the same: "logits*100-7",
+// "q_norm*100-5/layer/zero_both". kNone is "" where no channel is zeroed.
 std::string DescribeRule(const kernels::DecisionRule& rule);
 
 // Looks in adapter_dir ("": none) for dms_metadata.json, which must be there and

@@ -85,9 +85,10 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
 }
 
 kernels::DecisionRule Runtime::decision_rule() const {
-  if (!kv_mode_.dms) return {};
-  kernels::DecisionRule rule = model_->dms()->rule;
+  kernels::DecisionRule rule;
+  if (model_->dms().has_value()) rule = model_->dms()->rule;
   rule.offset += options_.dms_threshold;
+  if (!kv_mode_.dms) rule.source = kernels::DecisionSource::kNone;
   return rule;
 }
 

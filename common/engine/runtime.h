@@ -47,7 +47,7 @@ class Runtime {
   const RuntimeOptions& options() const { return options_; }  // max_model_len resolved
   const Model& model() const { return *model_; }
   const KvMode& kv_mode() const { return kv_mode_; }
-  // What evicts, the threshold included; kNone in a dense mode.
+  // What evicts, the threshold included. A dense mode evicts nothing, but may zero a channel.
   kernels::DecisionRule decision_rule() const;
   KvCache* cache() { return cache_.get(); }
   Transformer* transformer() { return transformer_.get(); }

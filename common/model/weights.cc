@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/base/bf16.h"
 #include "common/base/check.h"
 #include "common/base/fp8.h"
@@ -203,6 +204,8 @@ class Loader {
       text.append(reinterpret_cast<const char*>(digests[i].data()), digests[i].size());
       text.push_back('\n');
     }
+    // The merged weights depend on it as well.
+    if (lora_alpha_ > 0) absl::StrAppend(&text, absl::StrFormat("lora_alpha %.9g\n", lora_alpha_));
     return Sha256(text.data(), text.size());
   }
 

@@ -11,8 +11,8 @@
 namespace winnow {
 
 // What this process says about itself in PeerHello and WatchLoad.
-// weights_digest: SHA-256 as Model::digest(); decision_rule: DescribeRule(), "" in dense
-// modes; kv_mode, architecture, compute_path: as types.proto says.
+// weights_digest: SHA-256 as Model::digest(); decision_rule: DescribeRule(); kv_mode, architecture,
+// compute_path: as types.proto says.
 v1::LayoutFingerprint MakeFingerprint(const KvCacheOptions& cache, const std::string& kv_mode,
                                       const std::string& decision_rule,
                                       const std::array<uint8_t, 32>& weights_digest,

@@ -55,7 +55,9 @@ TEST(ParseEvalModesTest, RefusesByName) {
   EXPECT_THAT(message({}), HasSubstr("no mode"));
   EXPECT_THAT(message({"dms-fp7"}), HasSubstr("fp7"));
   EXPECT_THAT(message({"dms-fp8@x"}), HasSubstr("\"x\" is no threshold"));
-  EXPECT_THAT(message({"dms-fp8@nan"}), HasSubstr("no threshold"));
+  EXPECT_THAT(message({"dms-fp8@nan"}), HasSubstr("nan is outside"));
+  EXPECT_THAT(ParseEvalModes({"dms-fp8"}, {INFINITY}).status().message(),
+              HasSubstr("inf is outside [-1e6, 1e6]"));
   EXPECT_THAT(message({"dense-fp8@1"}), HasSubstr("a dense mode has no threshold"));
   EXPECT_THAT(message({"dms-fp8", "dms-fp8"}), HasSubstr("given twice"));
 }
@@ -94,6 +96,8 @@ TEST(PlanWindowsTest, RefusesByName) {
               HasSubstr("has 15 tokens; 2 windows of 8 need 16"));
   EXPECT_THAT(PlanWindows(15, 1, 2, Scoring::kAll, 0).status().message(), HasSubstr("context=1"));
   EXPECT_THAT(PlanWindows(15, 8, 0, Scoring::kAll, 0).status().message(), HasSubstr("windows=0"));
+  EXPECT_THAT(PlanWindows(15, 2, 1, Scoring::kHalf, 0).status().message(),
+              HasSubstr("context=2 leaves nothing"));
   EXPECT_THAT(PlanWindows(15, 8, 1, Scoring::kStride, 9).status().message(), HasSubstr("stride=9"));
 }
 
@@ -246,7 +250,17 @@ TEST_F(EvaluateTest, GoesOnWhereItWasInterrupted) {
 
   options.dump_file.clear();
   EXPECT_EQ(Run(options)["modes"], modes);
-  EXPECT_FALSE(std::filesystem::exists(options.resume_file)) << "left behind";
+
+  // From the first window of two on: what a kill in the second leaves.
+  EvaluateOptions first = options;
+  first.windows = 1;
+  first.resume_file = temp_.File("first");
+  Run(first);
+  nlohmann::json after_one = nlohmann::json::parse(saved);
+  after_one["contexts"] = nlohmann::json::parse(ReadFile(first.resume_file))["contexts"];
+  ASSERT_EQ(after_one["contexts"]["700"][0]["windows"], 1);
+  temp_.Write("partial", after_one.dump());
+  EXPECT_EQ(Run(options)["modes"], modes);
 
   // What was saved is used: a sum that is changed shows.
   nlohmann::json changed = nlohmann::json::parse(saved);

@@ -34,11 +34,5 @@ TEST_F(ResolveTest, TheDefaultAdapterIsTheDefaultModelsAlone) {
   EXPECT_EQ(ResolveAdapterDir("some/dir", "its/adapter"), "its/adapter");
 }
 
-TEST_F(ResolveTest, WithoutTheVariableItLiesBesideTheProgram) {
-  unsetenv("WINNOW_DEFAULT_ADAPTER");
-  // This test lies deeper than the programs do, and finds none.
-  EXPECT_EQ(ResolveAdapterDir("default", "default"), "");
-}
-
 }  // namespace
 }  // namespace winnow::config

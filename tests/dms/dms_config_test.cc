@@ -124,6 +124,12 @@ TEST(DescribeRuleTest, TellsRulesApart) {
   rule.source = kernels::DecisionSource::kBorrowedAfterQNorm;
   rule.offset = std::nextafter(6.5f, 7.0f);
   EXPECT_EQ(DescribeRule(rule), "q_norm*100-6.50000048/layer");
+  rule.zeroing = kernels::ChannelZeroing::kBeforeAndAfterRope;
+  EXPECT_EQ(DescribeRule(rule), "q_norm*100-6.50000048/layer/zero_both");
+  rule.source = kernels::DecisionSource::kNone;
+  EXPECT_EQ(DescribeRule(rule), "/zero_both");
+  rule.zeroing = kernels::ChannelZeroing::kBeforeRope;
+  EXPECT_EQ(DescribeRule(rule), "/zero_before_rope");
 }
 
 }  // namespace

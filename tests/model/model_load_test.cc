@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <ostream>
@@ -228,6 +229,23 @@ TEST(Model, DigestFollowsEveryTensorAndTheAdapter) {
   EXPECT_EQ(digest(a, ""), digest(b, ""));
   EXPECT_NE(digest(a, ""), digest(c, ""));
   EXPECT_NE(digest(a, ""), digest(a, adapter.path()));
+}
+
+// The tensors are the same, the merged weights are not.
+TEST(Model, DigestFollowsTheScaleOfTheLowRankUpdate) {
+  const TempDir model, adapter;
+  WriteTinyModel(model.path());
+  WriteTinyAdapter(adapter.path(), {}, {.lora_rank = 2});
+  const auto before = Model::Load(model.path(), adapter.path());
+  ASSERT_TRUE(before.ok()) << before.status();
+  std::ifstream in(adapter.File("dms_metadata.json"));
+  nlohmann::json metadata = nlohmann::json::parse(in);
+  ASSERT_TRUE(metadata.contains("lora_alpha"));
+  metadata["lora_alpha"] = 2 * metadata["lora_alpha"].get<double>();
+  adapter.Write("dms_metadata.json", metadata.dump());
+  const auto after = Model::Load(model.path(), adapter.path());
+  ASSERT_TRUE(after.ok()) << after.status();
+  EXPECT_NE((*before)->digest(), (*after)->digest());
 }
 
 }  // namespace

@@ -142,6 +142,11 @@ def main() -> int:
     model = Model.load(source, cpu, torch.float32)
   else:
     model, metadata = load_student(source, args.adapter, cpu, torch.float32)
+    for name, default in (("dms_window_size", None), ("dms_decision_shift", 1), ("dms_alpha_scale", 100.0),
+                          ("dms_initial_alpha_offset", None)):
+      ours, theirs = metadata.get(name, default), dump.metadata.get(name)
+      if theirs is not None and float(theirs) != float(ours):
+        raise SystemExit(f"{args.dump}: {name} is {theirs} there and {ours} in {args.adapter}")
     window = metadata["dms_window_size"]
     limit = metadata["dms_initial_alpha_offset"] + float(dump.metadata.get("dms_threshold", 0.0))
   report = compare(model, dump, window, limit)

@@ -40,7 +40,9 @@ class Task:
   texts: dict[str, str] = field(default_factory=dict)   # what each model wrote
 
   def found(self, model: str) -> bool:
-    return all(answer in self.texts[model] for answer in self.answers)
+    # As `winnow niah`: the case of letters does not count.
+    text = self.texts[model].lower()
+    return all(answer.lower() in text for answer in self.answers)
 
 
 def read_tasks(path: Path, vocabulary: int) -> list[Task]:

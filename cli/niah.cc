@@ -36,6 +36,7 @@ struct NiahFlags {
   std::optional<int> tasks;
   int needles = 3, iterations = 3, seed = 1;
   int max_new_tokens = 0, prefill_chunk = 512, threads = 0;
+  std::string effective;  // all of them as they are in force
 };
 
 config::FlagSet MakeFlags(NiahFlags* f) {
@@ -48,7 +49,8 @@ config::FlagSet MakeFlags(NiahFlags* f) {
   flags.AddString("model", &f->model, "model directory in Hugging Face layout, or 'default'");
   flags.AddString("adapter", &f->adapter, config::kAdapterHelp);
   flags.AddString("modes", &f->modes,
-                  "comma list of KV cache modes; dense-bf16 is always run, and first");
+                  "comma list of KV cache modes, a dms- mode's with a threshold of its own as "
+                  "dms-fp8@-2; dense-bf16 is always run, and first");
   flags.AddString("filler", &f->filler,
                   "UTF-8 text file to hide needles in; empty: some paragraphs of our own");
   flags.AddString("lengths", &f->lengths,
@@ -173,17 +175,14 @@ NiahEngineOptions EngineFlags(const NiahFlags& f) {
           .threads = f.threads > 0 ? f.threads : cores};
 }
 
-nlohmann::ordered_json Header(const NiahFlags& f) {
-  nlohmann::ordered_json json = {{"protocol", f.protocol},      {"model", f.model},
-                                 {"adapter", f.adapter},        {"filler", f.filler},
-                                 {"tasks_in", f.tasks_in},      {"seed", f.seed},
-                                 {"version", config::Version()}};
-  return json;
-}
-
-int PrintGrid(const NiahFlags& f, const nlohmann::ordered_json& result) {
-  std::fputs(NiahTable(result["modes"]).c_str(), stdout);
-  nlohmann::ordered_json json = Header(f);
+// Prints `table` and writes what ran, then `result`, to --json.
+int Report(const NiahFlags& f, const std::string& table, const nlohmann::ordered_json& result) {
+  std::fputs(table.c_str(), stdout);
+  nlohmann::ordered_json json = {{"protocol", f.protocol},
+                                 {"version", config::Version()},
+                                 {"model", config::ResolveModelDir(f.model)},
+                                 {"adapter", f.adapter},
+                                 {"flags", f.effective}};
   json.update(result);
   return WriteJson(f.json, json);
 }
@@ -201,7 +200,8 @@ int RunGridProtocol(const NiahFlags& f, bool lengths_set) {
                             .modes = absl::StrSplit(f.modes, ',', absl::SkipEmpty()),
                             .resume = f.resume};
   const absl::StatusOr<nlohmann::ordered_json> result = RunGrid(options, *tasks);
-  return result.ok() ? PrintGrid(f, *result) : PrintError(result.status());
+  if (!result.ok()) return PrintError(result.status());
+  return Report(f, NiahTable((*result)["modes"]), *result);
 }
 
 int RunOriginalProtocol(const NiahFlags& f) {
@@ -220,10 +220,7 @@ int RunOriginalProtocol(const NiahFlags& f) {
   };
   const absl::StatusOr<nlohmann::ordered_json> result = run();
   if (!result.ok()) return PrintError(result.status());
-  std::fputs(OriginalTable((*result)["rows"]).c_str(), stdout);
-  nlohmann::ordered_json json = Header(f);
-  json.update(*result);
-  return WriteJson(f.json, json);
+  return Report(f, OriginalTable((*result)["rows"]), *result);
 }
 
 }  // namespace
@@ -235,6 +232,7 @@ int RunNiah(int argc, char** argv, int first) {
     return *code;
   }
   SetLogLevel(LogLevel::kWarning);
+  values.effective = flags.Effective();
   const bool original = values.protocol == "original";
   for (const char* name :
        {"ask", "depths", "kinds", "needles", "tasks", "tasks-in", "tasks-out", "resume"}) {
@@ -243,9 +241,12 @@ int RunNiah(int argc, char** argv, int first) {
       return 2;
     }
   }
-  if (!values.tasks_in.empty() && !values.tasks_out.empty()) {
-    std::fprintf(stderr, "winnow niah: --tasks-in and --tasks-out exclude each other\n");
-    return 2;
+  for (const char* name :
+       {"tasks-out", "ask", "depths", "filler", "kinds", "max-new-tokens", "needles", "seed"}) {
+    if (!values.tasks_in.empty() && flags.IsSet(name)) {
+      std::fprintf(stderr, "winnow niah: --%s makes tasks, and --tasks-in has them made\n", name);
+      return 2;
+    }
   }
   return original ? RunOriginalProtocol(values) : RunGridProtocol(values, flags.IsSet("lengths"));
 }

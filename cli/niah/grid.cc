@@ -5,10 +5,10 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "cli/eval/modes.h"
 #include "cli/niah/log.h"
 #include "cli/niah/score.h"
 #include "common/base/status_macros.h"
-#include "common/kv/kv_mode.h"
 
 namespace winnow::cli {
 namespace {
@@ -85,7 +85,7 @@ absl::StatusOr<NiahModeResults> RunMode(const GridOptions& options, const std::s
 absl::StatusOr<Json> RunGrid(const GridOptions& options, absl::Span<const NiahTask> tasks) {
   std::vector<std::string> modes = {kBaseMode};
   for (const std::string& mode : options.modes) {
-    WINNOW_RETURN_IF_ERROR(ParseKvMode(mode).status());
+    WINNOW_RETURN_IF_ERROR(ParseEvalModes({mode}, {}).status());
     if (std::find(modes.begin(), modes.end(), mode) == modes.end()) modes.push_back(mode);
   }
   WINNOW_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.engine.model_dir));

@@ -10,8 +10,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "cli/eval/modes.h"
 #include "common/base/status_macros.h"
-#include "common/kv/kv_mode.h"
 
 namespace winnow::cli {
 namespace {
@@ -172,7 +172,7 @@ absl::StatusOr<Json> RunOriginal(const OriginalOptions& options, const PromptMak
                                  absl::Span<const Sentence> filler) {
   std::vector<std::string> modes = {kBaseMode};
   for (const std::string& mode : options.modes) {
-    WINNOW_RETURN_IF_ERROR(ParseKvMode(mode).status());
+    WINNOW_RETURN_IF_ERROR(ParseEvalModes({mode}, {}).status());
     if (std::find(modes.begin(), modes.end(), mode) == modes.end()) modes.push_back(mode);
   }
   if (options.progress && prompts.forms().size() == 1) {

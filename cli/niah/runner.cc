@@ -4,6 +4,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/time/clock.h"
+#include "cli/eval/modes.h"
 #include "common/base/status_macros.h"
 
 namespace winnow::cli {
@@ -12,6 +13,7 @@ absl::StatusOr<std::unique_ptr<NiahRunner>> NiahRunner::Create(const NiahEngineO
                                                                const std::string& mode,
                                                                int max_len) {
   std::unique_ptr<NiahRunner> runner(new NiahRunner);
+  WINNOW_ASSIGN_OR_RETURN(const std::vector<EvalMode> parsed, ParseEvalModes({mode}, {}));
   WINNOW_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model_dir));
   WINNOW_ASSIGN_OR_RETURN(runner->tokenizer_, Tokenizer::Load(options.model_dir));
   // No format takes more than BF16. Twice that, and two pages a span, are ample for page
@@ -20,14 +22,16 @@ absl::StatusOr<std::unique_ptr<NiahRunner>> NiahRunner::Create(const NiahEngineO
   const size_t dense = spans * static_cast<size_t>(max_len) *
                        kernels::TokenBytes(kernels::KvFormatId::kBf16, config.head_dim);
   const size_t ends = spans * 2 * (kernels::PageBytes(config.head_dim) + 1024);
-  WINNOW_ASSIGN_OR_RETURN(runner->runtime_, Runtime::Create({.model_dir = options.model_dir,
-                                                             .adapter_dir = options.adapter_dir,
-                                                             .kv_mode = mode,
-                                                             .kv_budget_bytes = 2 * dense + ends,
-                                                             .prefill_chunk = options.prefill_chunk,
-                                                             .max_num_seqs = 1,
-                                                             .max_model_len = max_len,
-                                                             .threads = options.threads}));
+  WINNOW_ASSIGN_OR_RETURN(runner->runtime_,
+                          Runtime::Create({.model_dir = options.model_dir,
+                                           .adapter_dir = options.adapter_dir,
+                                           .kv_mode = parsed[0].kv_mode,
+                                           .kv_budget_bytes = 2 * dense + ends,
+                                           .prefill_chunk = options.prefill_chunk,
+                                           .max_num_seqs = 1,
+                                           .max_model_len = max_len,
+                                           .threads = options.threads,
+                                           .dms_threshold = parsed[0].threshold}));
   runner->engine_ = runner->runtime_->NewEngine(runner.get(), /*max_waiting=*/1);
   return runner;
 }

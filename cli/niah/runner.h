@@ -33,9 +33,9 @@ struct NiahOutput {
 // Not thread-safe.
 class NiahRunner : private EventSink {
  public:
-  // `max_len` tokens of prompt and output together; the KV budget is made to hold them
-  // in any mode.
-  //   as Runtime::Create() and Tokenizer::Load().
+  // `mode` as ParseEvalModes() takes one; `max_len` tokens of prompt and output together; the KV
+  // budget is made to hold them in any mode.
+  //   as ParseEvalModes(), Runtime::Create() and Tokenizer::Load().
   static absl::StatusOr<std::unique_ptr<NiahRunner>> Create(const NiahEngineOptions& options,
                                                             const std::string& mode, int max_len);
 

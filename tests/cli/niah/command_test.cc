@@ -51,7 +51,8 @@ TEST(NiahCommand, MistakesNameFlagAndValue) {
       {{"--needles", "17"}, "17"},
       {{"--tasks", "0"}, "0"},
       {{"--protocol", "original", "--depths", "5"}, "--depths is of --protocol grid"},
-      {{"--tasks-in", "a", "--tasks-out", "b"}, "--tasks-in and --tasks-out"},
+      {{"--tasks-in", "a", "--tasks-out", "b"}, "--tasks-out makes tasks"},
+      {{"--tasks-in", "a", "--kinds", "single"}, "--kinds makes tasks"},
       {{"--lengths", "1k"}, "--lengths: '1k'"},
       {{"--lengths", ""}, "--lengths is empty"},
       {{"--depths", "1"}, "--depths: '1'"},
@@ -91,6 +92,7 @@ TEST(NiahCommand, WritesTasksThenRunsThem) {
   EXPECT_THAT(run.err, HasSubstr("dms-fp8 3/3 900-"));
   const auto result = nlohmann::ordered_json::parse(testing::ReadWholeFile(json));
   EXPECT_EQ(result["protocol"], "grid");
+  EXPECT_THAT(result["flags"].get<std::string>(), HasSubstr(" lengths=900 "));
   EXPECT_EQ(result["tasks"].size(), 3u);
   EXPECT_EQ(result["tasks"][0]["context"], 900);
   EXPECT_EQ(result["modes"]["dms-fp8"]["by_length"]["900"]["tasks"], 3);

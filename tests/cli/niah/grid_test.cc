@@ -95,6 +95,17 @@ TEST_F(Grid, FindsWhatTheModelSays) {
   EXPECT_EQ(result["modes"]["dense-bf16"]["all"]["found"], 1);
 }
 
+TEST_F(Grid, AThresholdOfAModeMovesWhatItEvicts) {
+  options_.modes = {"dms-bf16@-1000", "dms-bf16", "dms-bf16@1000"};
+  const Json modes = Run(options_)["modes"];
+  const auto live = [&](const char* mode) {
+    return modes[mode]["all"]["live_ratio"].get<double>();
+  };
+  EXPECT_GT(live("dms-bf16@-1000"), live("dms-bf16"));
+  EXPECT_GT(live("dms-bf16"), 1.0);
+  EXPECT_EQ(live("dms-bf16@1000"), 1.0);
+}
+
 TEST_F(Grid, ChunksAndThreadsChangeNoAnswer) {
   GridOptions other = options_;
   other.engine.prefill_chunk = 333;

@@ -21,7 +21,6 @@
 namespace winnow::cli {
 namespace {
 
-constexpr char kBaseMode[] = "dense-bf16";
 constexpr char kNoise[] = "noise";
 constexpr int kDumpLogits = 64;  // rows of logits in a dump
 
@@ -50,7 +49,10 @@ class Evaluation {
   absl::StatusOr<nlohmann::ordered_json> RunContext(int context, ResumeFile* resume);
   absl::Status RunWindow(const EvalWindow& window, std::vector<Score>* scores);
   // Scores the targets among tokens [begin + 1, begin + count] of the window.
-  void ScoreRows(const EvalWindow& window, int begin, int count, int first_row, Score* score);
+  // `logits` are the mode's; base_logits_ and base_stats_ hold the base's.
+  void ScoreRows(const EvalWindow& window, int begin, int count, int first_row, const float* logits,
+                 Score* score);
+  void SummarizeBase(int count, int first_row);
   absl::Status DumpWindow(const EvalWindow& window);
   // Tokens from `begin` that go in together: never across a memory mark or into the tail.
   int PieceLength(const EvalWindow& window, int begin) const;
@@ -61,14 +63,15 @@ class Evaluation {
                                                 static_cast<size_t>(window.length));
   }
   const ModelConfig& config() const { return base_->model().config(); }
+  const Lane& lane(size_t i) const { return lanes_[i] == nullptr ? *base_ : *lanes_[i]; }
 
   const EvaluateOptions& options_;
   ThreadPool pool_;
   std::vector<int32_t> tokens_;
   std::vector<EvalMode> modes_;
   std::unique_ptr<Lane> base_;
-  std::vector<std::unique_ptr<Lane>> lanes_;      // of modes_, then the noise if wanted
-  std::vector<bool> same_as_base_;                // lanes_[i] would compute what base_ does
+  // Of modes_, then the noise if wanted; null: what base_ computes.
+  std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<float> base_logits_, lane_logits_;  // [piece, vocab]
   std::vector<RowStats> base_stats_;              // [piece]
   std::vector<RowScore> rows_;                    // [piece]
@@ -105,14 +108,12 @@ absl::Status Evaluation::Prepare() {
   const ActivationType activations =
       options_.bf16_activations ? ActivationType::kBf16 : ActivationType::kFloat32;
   for (const EvalMode& mode : modes_) {
-    same_as_base_.push_back(mode.kv_mode == kBaseMode && !options_.bf16_activations);
     lanes_.emplace_back();
-    if (!same_as_base_.back()) {
+    if (mode.kv_mode != kBaseMode || options_.bf16_activations) {
       WINNOW_ASSIGN_OR_RETURN(lanes_.back(), create(mode, activations));
     }
   }
   if (options_.noise) {
-    same_as_base_.push_back(false);
     lanes_.emplace_back();
     WINNOW_ASSIGN_OR_RETURN(lanes_.back(),
                             create({.name = kNoise, .kv_mode = kBaseMode}, ActivationType::kBf16));
@@ -132,24 +133,28 @@ int Evaluation::PieceLength(const EvalWindow& window, int begin) const {
   return std::min({begin + MaxPiece(), mark, tail}) - begin;
 }
 
-void Evaluation::ScoreRows(const EvalWindow& window, int begin, int count, int first_row,
-                           Score* score) {
+void Evaluation::SummarizeBase(int count, int first_row) {
   const size_t vocab = static_cast<size_t>(config().vocab_size);
-  const absl::Span<const int32_t> tokens = Tokens(window);
-  const std::vector<float>& lane = score == nullptr ? base_logits_ : lane_logits_;
   pool_.ParallelFor(count - first_row, 1, [&](int from, int to) {
     for (int i = first_row + from; i < first_row + to; ++i) {
       const size_t row = static_cast<size_t>(i);
-      const absl::Span<const float> base(base_logits_.data() + row * vocab, vocab);
-      if (score == nullptr) {
-        base_stats_[row] = Summarize(base);
-      } else {
-        rows_[row] = ScoreRow(base, base_stats_[row], {lane.data() + row * vocab, vocab},
-                              tokens[static_cast<size_t>(begin + i + 1)]);
-      }
+      base_stats_[row] = Summarize({base_logits_.data() + row * vocab, vocab});
     }
   });
-  if (score == nullptr) return;
+}
+
+void Evaluation::ScoreRows(const EvalWindow& window, int begin, int count, int first_row,
+                           const float* logits, Score* score) {
+  const size_t vocab = static_cast<size_t>(config().vocab_size);
+  const absl::Span<const int32_t> tokens = Tokens(window);
+  pool_.ParallelFor(count - first_row, 1, [&](int from, int to) {
+    for (int i = first_row + from; i < first_row + to; ++i) {
+      const size_t row = static_cast<size_t>(i);
+      rows_[row] =
+          ScoreRow({base_logits_.data() + row * vocab, vocab}, base_stats_[row],
+                   {logits + row * vocab, vocab}, tokens[static_cast<size_t>(begin + i + 1)]);
+    }
+  });
   for (int i = first_row; i < count; ++i) {
     score->AddRow(begin + i + 1, rows_[static_cast<size_t>(i)]);
   }
@@ -171,24 +176,23 @@ absl::Status Evaluation::RunWindow(const EvalWindow& window, std::vector<Score>*
     const int num_rows = std::min(end, window.length - 1) - begin;
     const bool wanted = first_row < num_rows;
     WINNOW_RETURN_IF_ERROR(base_->Run(piece, wanted ? base_logits_.data() : nullptr));
-    if (wanted) ScoreRows(window, begin, num_rows, first_row, nullptr);
+    if (wanted) SummarizeBase(num_rows, first_row);
     for (size_t i = 0; i < lanes_.size(); ++i) {
       Score* score = &(*scores)[i];
-      if (same_as_base_[i]) {
-        if (wanted) std::copy(base_logits_.begin(), base_logits_.end(), lane_logits_.begin());
-      } else {
-        WINNOW_RETURN_IF_ERROR(lanes_[i]->Run(piece, wanted ? lane_logits_.data() : nullptr));
+      float* logits = lanes_[i] == nullptr ? base_logits_.data() : lane_logits_.data();
+      if (lanes_[i] != nullptr) {
+        WINNOW_RETURN_IF_ERROR(lanes_[i]->Run(piece, wanted ? logits : nullptr));
       }
-      if (wanted) ScoreRows(window, begin, num_rows, first_row, score);
+      if (wanted) ScoreRows(window, begin, num_rows, first_row, logits, score);
       if (end % kMemoryStep == 0 || end == window.length) {
-        score->AddMemory(end, (same_as_base_[i] ? *base_ : *lanes_[i]).cache(), base_->cache());
+        score->AddMemory(end, lane(i).cache(), base_->cache());
       }
     }
     progress_->Advance(count);
   }
   for (size_t i = 0; i < lanes_.size(); ++i) {
     (*scores)[i].AddWindow(config().num_layers * config().num_kv_heads, config().num_kv_heads,
-                           (same_as_base_[i] ? *base_ : *lanes_[i]).cache(), base_->cache());
+                           lane(i).cache(), base_->cache());
   }
   return absl::OkStatus();
 }
@@ -219,7 +223,7 @@ absl::StatusOr<nlohmann::ordered_json> Evaluation::RunContext(int context, Resum
   nlohmann::ordered_json result;
   for (size_t i = 0; i < modes_.size(); ++i) {
     nlohmann::ordered_json row = scores[i].ToJson(config().num_kv_heads);
-    if (modes_[i].kv_mode.rfind("dms-", 0) == 0) row["dms_threshold"] = modes_[i].threshold;
+    if (modes_[i].dms) row["dms_threshold"] = modes_[i].threshold;
     result["modes"][modes_[i].name] = std::move(row);
   }
   if (options_.noise) result["noise"] = scores.back().total.ToJson();
@@ -238,7 +242,7 @@ absl::Status Evaluation::DumpWindow(const EvalWindow& window) {
             .num_layers = config().num_layers,
             .num_kv_heads = config().num_kv_heads,
             .vocab = config().vocab_size};
-  const bool dms = dump.mode.rfind("dms-", 0) == 0;
+  const bool dms = modes_.front().dms;
   if (dms) dump.decisions.resize(layers * tokens.size() * heads);
   WINNOW_RETURN_IF_ERROR(lane->Begin());
   std::vector<uint8_t> piece_decisions;
@@ -286,8 +290,7 @@ absl::StatusOr<nlohmann::ordered_json> Evaluation::Run() {
   key["tokens"] = TokensDigest(tokens_);
   key["lanes"] = nlohmann::json::array();
   for (size_t i = 0; i < lanes_.size(); ++i) {
-    const Lane& lane = same_as_base_[i] ? *base_ : *lanes_[i];
-    key["lanes"].push_back({i < modes_.size() ? modes_[i].name : kNoise, lane.Describe()});
+    key["lanes"].push_back({i < modes_.size() ? modes_[i].name : kNoise, lane(i).Describe()});
   }
   WINNOW_ASSIGN_OR_RETURN(ResumeFile resume, ResumeFile::Open(options_.resume_file, key));
   for (const int context : options_.contexts) {

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/strings/escaping.h"
-#include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/kv/kv_mode.h"
 
@@ -22,27 +20,10 @@ absl::StatusOr<std::unique_ptr<Lane>> Lane::Create(const LaneOptions& options, c
                          .threads = options.threads,
                          .activations = activations,
                          .dms_threshold = mode.threshold};
-  // Room for one sequence, nothing evicted: twice the dense BF16 bytes is ample.
-  const ModelConfig& config = model->config();
-  const size_t spans = static_cast<size_t>(config.num_layers) * config.num_kv_heads;
-  const size_t dense = spans * static_cast<size_t>(options.context) *
-                       kernels::TokenBytes(kernels::KvFormatId::kBf16, config.head_dim);
-  const size_t tails = spans * 2 * (kernels::PageBytes(config.head_dim) + 1024);
-  runtime.kv_budget_bytes = 2 * dense + tails;
+  runtime.kv_budget_bytes = SingleSequenceKvBudget(model->config(), options.context);
   WINNOW_ASSIGN_OR_RETURN(std::unique_ptr<Runtime> created,
                           Runtime::Create(runtime, std::move(model)));
   return std::unique_ptr<Lane>(new Lane(mode.name, std::move(created)));
-}
-
-std::string Lane::Describe() const {
-  const KvCacheOptions& cache = runtime_->cache()->options();
-  const auto& digest = model().digest();
-  return absl::StrCat(
-      KvModeName(runtime_->kv_mode()), " ", DescribeRule(runtime_->decision_rule()), " window ",
-      cache.window, " shift ", cache.shift,
-      runtime_->options().activations == ActivationType::kBf16 ? " bf16 " : " float32 ",
-      absl::BytesToHexString(
-          absl::string_view(reinterpret_cast<const char*>(digest.data()), digest.size())));
 }
 
 absl::Status Lane::Begin() {

@@ -33,8 +33,7 @@ class Lane {
 
   const std::string& name() const { return name_; }
   const Model& model() const { return runtime_->model(); }
-  // What decides this lane's figures beside the text: mode, rule, window, weights.
-  std::string Describe() const;
+  std::string Describe() const { return runtime_->Describe(); }
   // The sequence since Begin().
   const SequenceCache& cache() const { return *cache_; }
 

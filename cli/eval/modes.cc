@@ -41,19 +41,30 @@ absl::StatusOr<std::vector<EvalMode>> ParseEvalModes(const std::vector<std::stri
         return absl::InvalidArgumentError(
             absl::StrCat("mode ", name, ": a dense mode has no threshold"));
       }
-      WINNOW_RETURN_IF_ERROR(add({.name = name, .kv_mode = kv_mode, .threshold = threshold}));
+      WINNOW_RETURN_IF_ERROR(
+          add({.name = name, .kv_mode = kv_mode, .dms = true, .threshold = threshold}));
     } else if (!parsed.dms || thresholds.empty()) {
-      WINNOW_RETURN_IF_ERROR(add({.name = name, .kv_mode = kv_mode}));
+      WINNOW_RETURN_IF_ERROR(add({.name = name, .kv_mode = kv_mode, .dms = parsed.dms}));
     } else {
       for (const float threshold : thresholds) {
         WINNOW_RETURN_IF_ERROR(
             add({.name = thresholds.size() == 1 ? name : absl::StrFormat("%s@%g", name, threshold),
                  .kv_mode = kv_mode,
+                 .dms = true,
                  .threshold = threshold}));
       }
     }
   }
   if (modes.empty()) return absl::InvalidArgumentError("no mode given");
+  return modes;
+}
+
+absl::StatusOr<std::vector<std::string>> BaseAndModes(const std::vector<std::string>& names) {
+  std::vector<std::string> modes = {kBaseMode};
+  for (const std::string& name : names) {
+    WINNOW_RETURN_IF_ERROR(ParseEvalModes({name}, {}).status());
+    if (std::find(modes.begin(), modes.end(), name) == modes.end()) modes.push_back(name);
+  }
   return modes;
 }
 

@@ -20,7 +20,6 @@ namespace {
 constexpr int kContext = 1024;
 constexpr int kTokens = 16;
 constexpr int kPrompts = 4;
-constexpr char kBaseMode[] = "dense-bf16";
 
 // Sums of one mode.
 struct ShortScore {
@@ -203,7 +202,7 @@ absl::StatusOr<nlohmann::ordered_json> ShortProtocol::Run() {
     row["live_ratio"] = static_cast<double>(score.logical) / static_cast<double>(score.live);
     row["kv_bytes"] = score.kv_bytes / kPrompts;
     row["kv_bytes_dense_bf16"] = score.kv_bytes_base / kPrompts;
-    if (modes[i].kv_mode.rfind("dms-", 0) == 0) row["dms_threshold"] = modes[i].threshold;
+    if (modes[i].dms) row["dms_threshold"] = modes[i].threshold;
     result["modes"][modes[i].name] = std::move(row);
   }
   return result;

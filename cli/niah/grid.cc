@@ -15,8 +15,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr char kBaseMode[] = "dense-bf16";
-
 // The tokens that hold every task; an error if the model does not.
 absl::StatusOr<int> MaxLength(absl::Span<const NiahTask> tasks, const ModelConfig& config) {
   int longest = 2;
@@ -57,7 +55,7 @@ absl::StatusOr<NiahModeResults> RunMode(const GridOptions& options, const std::s
                                         NiahLog* log) {
   WINNOW_ASSIGN_OR_RETURN(std::unique_ptr<NiahRunner> runner,
                           NiahRunner::Create(options.engine, mode, max_len));
-  const std::string weights = runner->WeightsDigest();
+  const std::string weights = runner->Describe();
   NiahModeResults out{.mode = mode, .results = {}};
   size_t found = 0;
   for (const NiahTask& task : tasks) {
@@ -83,11 +81,7 @@ absl::StatusOr<NiahModeResults> RunMode(const GridOptions& options, const std::s
 }  // namespace
 
 absl::StatusOr<Json> RunGrid(const GridOptions& options, absl::Span<const NiahTask> tasks) {
-  std::vector<std::string> modes = {kBaseMode};
-  for (const std::string& mode : options.modes) {
-    WINNOW_RETURN_IF_ERROR(ParseEvalModes({mode}, {}).status());
-    if (std::find(modes.begin(), modes.end(), mode) == modes.end()) modes.push_back(mode);
-  }
+  WINNOW_ASSIGN_OR_RETURN(const std::vector<std::string> modes, BaseAndModes(options.modes));
   WINNOW_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.engine.model_dir));
   WINNOW_ASSIGN_OR_RETURN(const int max_len, MaxLength(tasks, config));
   WINNOW_ASSIGN_OR_RETURN(const std::unique_ptr<NiahLog> log, NiahLog::Open(options.resume));

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "common/base/status_macros.h"
@@ -20,6 +21,13 @@ std::string TaskDigest(const NiahTask& task) {
     hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
   }
   return absl::StrFormat("%016x", hash);
+}
+
+constexpr absl::string_view kLineStart = R"({"id":)";  // of every line
+
+absl::Status NotALine(const std::string& path, int line) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("--resume ", path, ":", line, ": is no result of a needle test"));
 }
 
 // Reads a field if it has the target's type.
@@ -48,9 +56,14 @@ absl::StatusOr<std::unique_ptr<NiahLog>> NiahLog::Open(const std::string& path) 
   uintmax_t whole = 0;  // bytes of whole lines
   if (std::ifstream in(path, std::ios::binary); in) {
     std::string text;
-    for (int line = 1; std::getline(in, text) && !in.eof(); ++line) {
+    int line = 1;
+    for (; std::getline(in, text) && !in.eof(); ++line) {
       WINNOW_RETURN_IF_ERROR(log->ReadLine(text, line));
       whole += text.size() + 1;
+    }
+    // Only what Append() may have begun is cut off.
+    if (!absl::StartsWith(text, kLineStart) && !absl::StartsWith(kLineStart, text)) {
+      return NotALine(path, line);
     }
   }
   std::error_code error;
@@ -75,8 +88,7 @@ absl::Status NiahLog::ReadLine(const std::string& text, int line) {
       !Get(json, "live_tokens", &r.live_tokens) ||
       !Get(json, "logical_tokens", &r.logical_tokens) || !Get(json, "kv_bytes", &r.kv_bytes) ||
       !Get(json, "kv_bytes_dense_bf16", &r.kv_bytes_dense_bf16)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--resume ", path_, ":", line, ": is no result of a needle test"));
+    return NotALine(path_, line);
   }
   entries_[{mode, id}] = std::move(entry);
   return absl::OkStatus();

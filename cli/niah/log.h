@@ -18,13 +18,13 @@ class NiahLog {
  public:
   // Reads what `path` holds and goes on behind it; a line that a killed run left
   // unfinished is cut off. "": nothing is read or kept.
-  //   INVALID_ARGUMENT  a line that no such run wrote, by number.
+  //   INVALID_ARGUMENT  a line that no such run wrote, by number; the file is left alone.
   //   UNAVAILABLE       the file cannot be written.
   static absl::StatusOr<std::unique_ptr<NiahLog>> Open(const std::string& path);
 
   // The result of `task` in `mode` if it is there, else null.
   //   FAILED_PRECONDITION  it is there, but of another task with this id or of other
-  //                        weights (NiahRunner::WeightsDigest()).
+  //                        weights or settings (NiahRunner::Describe()).
   absl::StatusOr<const NiahResult*> Find(const NiahTask& task, const std::string& mode,
                                          const std::string& weights) const;
 
@@ -33,7 +33,7 @@ class NiahLog {
 
  private:
   struct Entry {
-    std::string task, weights;  // digests
+    std::string task, weights;  // a digest; NiahRunner::Describe()
     NiahResult result;
   };
 

@@ -18,7 +18,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr char kBaseMode[] = "dense-bf16";
 constexpr char kSystem[] =
     "Answer the question based only on the provided context. Be brief and precise.";
 constexpr char kNeedle[] = "The capital of Freedonia is Silverton.";
@@ -170,11 +169,7 @@ bool OriginalCorrect(const std::string& output) {
 
 absl::StatusOr<Json> RunOriginal(const OriginalOptions& options, const PromptMaker& prompts,
                                  absl::Span<const Sentence> filler) {
-  std::vector<std::string> modes = {kBaseMode};
-  for (const std::string& mode : options.modes) {
-    WINNOW_RETURN_IF_ERROR(ParseEvalModes({mode}, {}).status());
-    if (std::find(modes.begin(), modes.end(), mode) == modes.end()) modes.push_back(mode);
-  }
+  WINNOW_ASSIGN_OR_RETURN(const std::vector<std::string> modes, BaseAndModes(options.modes));
   if (options.progress && prompts.forms().size() == 1) {
     std::fprintf(stderr,
                  "the model's template does not know enable_thinking: one form (%s) instead of "

@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "absl/time/clock.h"
 #include "cli/eval/modes.h"
 #include "common/base/status_macros.h"
@@ -16,22 +15,16 @@ absl::StatusOr<std::unique_ptr<NiahRunner>> NiahRunner::Create(const NiahEngineO
   WINNOW_ASSIGN_OR_RETURN(const std::vector<EvalMode> parsed, ParseEvalModes({mode}, {}));
   WINNOW_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model_dir));
   WINNOW_ASSIGN_OR_RETURN(runner->tokenizer_, Tokenizer::Load(options.model_dir));
-  // No format takes more than BF16. Twice that, and two pages a span, are ample for page
-  // ends and tables; what is not used is never touched.
-  const size_t spans = static_cast<size_t>(config.num_layers) * config.num_kv_heads;
-  const size_t dense = spans * static_cast<size_t>(max_len) *
-                       kernels::TokenBytes(kernels::KvFormatId::kBf16, config.head_dim);
-  const size_t ends = spans * 2 * (kernels::PageBytes(config.head_dim) + 1024);
-  WINNOW_ASSIGN_OR_RETURN(runner->runtime_,
-                          Runtime::Create({.model_dir = options.model_dir,
-                                           .adapter_dir = options.adapter_dir,
-                                           .kv_mode = parsed[0].kv_mode,
-                                           .kv_budget_bytes = 2 * dense + ends,
-                                           .prefill_chunk = options.prefill_chunk,
-                                           .max_num_seqs = 1,
-                                           .max_model_len = max_len,
-                                           .threads = options.threads,
-                                           .dms_threshold = parsed[0].threshold}));
+  WINNOW_ASSIGN_OR_RETURN(
+      runner->runtime_, Runtime::Create({.model_dir = options.model_dir,
+                                         .adapter_dir = options.adapter_dir,
+                                         .kv_mode = parsed[0].kv_mode,
+                                         .kv_budget_bytes = SingleSequenceKvBudget(config, max_len),
+                                         .prefill_chunk = options.prefill_chunk,
+                                         .max_num_seqs = 1,
+                                         .max_model_len = max_len,
+                                         .threads = options.threads,
+                                         .dms_threshold = parsed[0].threshold}));
   runner->engine_ = runner->runtime_->NewEngine(runner.get(), /*max_waiting=*/1);
   return runner;
 }
@@ -62,11 +55,6 @@ absl::StatusOr<NiahOutput> NiahRunner::Run(const std::vector<int32_t>& prompt, i
   }
   WINNOW_ASSIGN_OR_RETURN(output_.text, tokenizer_->Decode(known, /*skip_special=*/true));
   return std::move(output_);
-}
-
-std::string NiahRunner::WeightsDigest() const {
-  const auto& digest = runtime_->model().digest();
-  return absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(digest.data()), 8));
 }
 
 void NiahRunner::OnToken(uint64_t /*id*/, int index, int32_t token, const KvUsage& /*usage*/) {

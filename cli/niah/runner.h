@@ -44,8 +44,8 @@ class NiahRunner : private EventSink {
                                  const SamplingParams& sampling, uint64_t seed);
 
   const Model& model() const { return runtime_->model(); }
-  // Of the weights in use, adapter included: 16 hexadecimal digits.
-  std::string WeightsDigest() const;
+  // Runtime::Describe().
+  std::string Describe() const { return runtime_->Describe(); }
 
  private:
   NiahRunner() = default;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/log.h"
 #include "common/base/status_macros.h"
@@ -23,6 +24,16 @@ absl::Status CheckOptions(const RuntimeOptions& options) {
 }
 
 }  // namespace
+
+size_t SingleSequenceKvBudget(const ModelConfig& config, int max_len) {
+  // No format takes more than BF16. Twice that, and two pages a span, are ample for page
+  // ends and tables.
+  const size_t spans = static_cast<size_t>(config.num_layers) * config.num_kv_heads;
+  const size_t dense = spans * static_cast<size_t>(max_len) *
+                       kernels::TokenBytes(kernels::KvFormatId::kBf16, config.head_dim);
+  const size_t ends = spans * 2 * (kernels::PageBytes(config.head_dim) + 1024);
+  return 2 * dense + ends;
+}
 
 absl::StatusOr<std::shared_ptr<const Model>> Runtime::LoadModel(const RuntimeOptions& options) {
   WINNOW_ASSIGN_OR_RETURN(const KvMode mode, ParseKvMode(options.kv_mode, options.kv_format));
@@ -84,12 +95,14 @@ absl::StatusOr<std::unique_ptr<Runtime>> Runtime::Create(const RuntimeOptions& o
   return runtime;
 }
 
-kernels::DecisionRule Runtime::decision_rule() const {
-  kernels::DecisionRule rule;
-  if (model_->dms().has_value()) rule = model_->dms()->rule;
-  rule.offset += options_.dms_threshold;
-  if (!kv_mode_.dms) rule.source = kernels::DecisionSource::kNone;
-  return rule;
+std::string Runtime::Describe() const {
+  const KvCacheOptions& cache = cache_->options();
+  const auto& digest = model_->digest();
+  return absl::StrCat(KvModeName(kv_mode_), " ", DescribeRule(transformer_->decision_rule()),
+                      " window ", cache.window, " shift ", cache.shift,
+                      options_.activations == ActivationType::kBf16 ? " bf16 " : " float32 ",
+                      absl::BytesToHexString(absl::string_view(
+                          reinterpret_cast<const char*>(digest.data()), digest.size())));
 }
 
 std::unique_ptr<Engine> Runtime::NewEngine(EventSink* sink, int max_waiting) {

@@ -14,6 +14,10 @@
 
 namespace winnow {
 
+// A KV budget that holds one sequence of `max_len` tokens in any mode, nothing evicted, with
+// room to spare; what is not used is never touched.
+size_t SingleSequenceKvBudget(const ModelConfig& config, int max_len);
+
 struct RuntimeOptions {
   std::string model_dir;
   std::string adapter_dir;  // empty: none
@@ -47,10 +51,12 @@ class Runtime {
   const RuntimeOptions& options() const { return options_; }  // max_model_len resolved
   const Model& model() const { return *model_; }
   const KvMode& kv_mode() const { return kv_mode_; }
-  // What evicts, the threshold included. A dense mode evicts nothing, but may zero a channel.
-  kernels::DecisionRule decision_rule() const;
+  // What decides the model's output beside the input, as one line: mode, decision rule,
+  // window, shift, activations, weights (SHA-256). Equal lines, equal tokens.
+  std::string Describe() const;
   KvCache* cache() { return cache_.get(); }
   Transformer* transformer() { return transformer_.get(); }
+  const Transformer& transformer() const { return *transformer_; }
 
   // An engine over this runtime. `sink` and *this must outlive it. One at a time.
   std::unique_ptr<Engine> NewEngine(EventSink* sink, int max_waiting = 1024);

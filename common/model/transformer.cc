@@ -397,6 +397,8 @@ Transformer::Transformer(const Model* model, KvCache* cache, ThreadPool* pool, O
 
 Transformer::~Transformer() = default;
 
+const kernels::DecisionRule& Transformer::decision_rule() const { return impl_->rule; }
+
 absl::Status Transformer::Forward(absl::Span<const Item> items, const LayerDone& layer_done) {
   Impl& run = *impl_;
   const Weights& weights = run.model.weights();

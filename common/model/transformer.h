@@ -52,6 +52,9 @@ class Transformer {
   Transformer(const Model* model, KvCache* cache, ThreadPool* pool, Options options);
   ~Transformer();
 
+  // What evicts, the threshold included. A dense cache evicts nothing, but may zero a channel.
+  const kernels::DecisionRule& decision_rule() const;
+
   // One step. Pages for it must have been reserved (KvCache). On error no item's
   // cache can be used further.
   //   INVALID_ARGUMENT  more rows than max_tokens; an empty item; a token outside the

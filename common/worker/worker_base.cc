@@ -95,8 +95,8 @@ absl::StatusOr<WorkerBase> MakeWorkerBase(std::unique_ptr<Runtime> runtime,
   base.limits = LimitsOf(cache, max_tokens, slot_bytes);
   const Model& model = runtime->model();
   base.layout = MakeFingerprint(
-      cache, KvModeName(runtime->kv_mode()), DescribeRule(runtime->decision_rule()), model.digest(),
-      model.config().architecture, kernels::CpuPathName(kernels::ActiveCpuPath()));
+      cache, KvModeName(runtime->kv_mode()), DescribeRule(runtime->transformer()->decision_rule()),
+      model.digest(), model.config().architecture, kernels::CpuPathName(kernels::ActiveCpuPath()));
   base.incarnation = DrawIncarnation();
   base.runtime = std::move(runtime);
   LogLine(LogLevel::kInfo, "staging",

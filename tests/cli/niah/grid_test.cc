@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
@@ -159,6 +161,33 @@ TEST_F(Grid, ABadLogIsNamed) {
     EXPECT_THAT(std::string(status.message()), HasSubstr("bad:1: is no result"));
   }
   EXPECT_EQ(NiahLog::Open("/nowhere/log").status().code(), absl::StatusCode::kUnavailable);
+}
+
+// A line without an end is cut off only where a killed run may have left it.
+TEST_F(Grid, AForeignFileIsLeftAlone) {
+  dir_.Write("notes", "not a log");
+  EXPECT_EQ(NiahLog::Open(dir_.File("notes")).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(std::filesystem::file_size(dir_.File("notes")), 9u);
+  for (const char* torn : {"", "{\"i", R"({"id":"900-0","mode":"dense)"}) {
+    dir_.Write("torn", torn);
+    EXPECT_TRUE(NiahLog::Open(dir_.File("torn")).ok()) << torn;
+    EXPECT_EQ(std::filesystem::file_size(dir_.File("torn")), 0u) << torn;
+  }
+}
+
+// The offset moves what is evicted, and is in no tensor.
+TEST_F(Grid, ALogOfAnotherOffsetIsRefused) {
+  options_.modes = {"dms-bf16"};
+  options_.resume = dir_.File("log");
+  Run(options_);
+  const std::string path = options_.engine.adapter_dir + "/dms_metadata.json";
+  std::ifstream in(path);
+  Json metadata = Json::parse(in);
+  metadata["dms_initial_alpha_offset"] = metadata.value("dms_initial_alpha_offset", 5.0) + 1;
+  std::ofstream(path) << metadata;
+  const absl::Status status = RunGrid(options_, tasks_).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("mode dms-bf16 had other weights"));
 }
 
 TEST_F(Grid, MistakesAreNamed) {

@@ -1,0 +1,216 @@
+// The sparse prefill: JSON lines of microseconds, from roped BF16 Q, K and V to the
+// output. Medians of runs that find the L2 cache flushed, on random data.
+//   dms_prefill_bench [part of the case names] [runs]
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/dms_prefill.h"
+
+namespace winnow::kernels {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+void Check(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
+template <typename T>
+T* Allocate(size_t n) {
+  void* p = nullptr;
+  Check(cudaMalloc(&p, n * sizeof(T)), "cudaMalloc");
+  return static_cast<T*>(p);
+}
+
+// Standard normal BF16, a pair a turn. Any grid.
+__global__ void FillNormal(__nv_bfloat162* x, int64_t pairs, uint32_t seed) {
+  const auto hash = [](uint64_t n) {
+    n = (n ^ (n >> 31)) * 0x9e3779b97f4a7c15ull;
+    n = (n ^ (n >> 29)) * 0xbf58476d1ce4e5b9ull;
+    return static_cast<uint32_t>(n >> 32);
+  };
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < pairs;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    const uint64_t n = static_cast<uint64_t>(i) * 2 + (uint64_t{seed} << 40) + 1;
+    const float u = (static_cast<float>(hash(n)) + 1.0f) * 0x1p-32f;
+    const float angle = static_cast<float>(hash(n + 1)) * 0x1p-31f;
+    const float radius = sqrtf(-2.0f * logf(fminf(u, 1.0f)));
+    x[i] = __floats2bfloat162_rn(radius * cospif(angle), radius * sinpif(angle));
+  }
+}
+
+struct BenchCase {
+  std::string name;
+  int head_dim, seq, window;
+  std::vector<double> keep;  // by KV head
+};
+
+std::vector<BenchCase> Cases() {
+  const auto uniform = [](double rate) { return std::vector<double>(8, rate); };
+  std::vector<BenchCase> cases;
+  const std::pair<const char*, int> lengths[] = {{"8k", 8192}, {"32k", 32768}, {"128k", 131072}};
+  for (const int dim : {128, 64}) {
+    for (const auto& [length, seq] : lengths) {
+      const std::string tail = "/d" + std::to_string(dim) + "/" + length;
+      cases.push_back({"prefill" + tail, dim, seq, 256, uniform(0.125)});
+      cases.push_back({"prefill_keep35" + tail, dim, seq, 256, uniform(0.35)});
+    }
+  }
+  cases.push_back({"prefill_w512/d128/32k", 128, 32768, 512, uniform(0.125)});
+  cases.push_back({"prefill_dense/d128/8k", 128, 8192, 256, uniform(1.0)});
+  cases.push_back({"prefill_dense/d128/32k", 128, 32768, 256, uniform(1.0)});
+  cases.push_back(
+      {"prefill_mixed/d64/8k", 64, 8192, 256, {.003, .003, .01, .02, .05, .1, .214, .6}});
+  return cases;
+}
+
+class Bench {
+ public:
+  static constexpr int kKvHeads = 8, kGroup = 4, kMostTokens = 131072, kMostDim = 128;
+  static constexpr size_t kFlushBytes = size_t{256} << 20;
+
+  Bench() {
+    const size_t kv = size_t{kMostTokens} * kKvHeads * kMostDim;
+    q_ = Allocate<Bf16>(kv * kGroup);
+    out_ = Allocate<Bf16>(kv * kGroup);
+    for (Bf16** x : {&k_, &v_, &band_k_, &band_v_}) *x = Allocate<Bf16>(kv);
+    for (Bf16** x : {&compact_k_, &compact_v_}) {
+      *x = Allocate<Bf16>(kv + size_t{64} * kKvHeads * kMostDim);
+    }
+    rows_ =
+        Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads * TokenBytes(KvFormatId::kFp8, kMostDim));
+    decisions_ = Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads);
+    sequence_ = Allocate<DmsPrefillSequence>(1);
+    flush_ = Allocate<uint8_t>(kFlushBytes);
+    uint32_t seed = 1;
+    for (Bf16* x : {q_, k_, v_}) {
+      const size_t n = x == q_ ? kv * kGroup : kv;
+      FillNormal<<<1024, 256>>>(reinterpret_cast<__nv_bfloat162*>(x), static_cast<int64_t>(n / 2),
+                                seed++);
+    }
+    Check(cudaEventCreate(&begin_), "cudaEventCreate");
+    Check(cudaEventCreate(&end_), "cudaEventCreate");
+    Check(cudaDeviceSynchronize(), "FillNormal");
+  }
+
+  void Run(const BenchCase& c, int runs) {
+    std::mt19937 rng(7);
+    std::uniform_real_distribution<double> uniform;
+    std::vector<uint8_t> decisions(static_cast<size_t>(c.seq) * kKvHeads);
+    for (size_t i = 0; i < decisions.size(); ++i) {
+      decisions[i] = uniform(rng) < c.keep[i % kKvHeads] ? 0 : 1;
+    }
+    Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice),
+          "decisions");
+    const DmsPrefillSequence sequence{.num_tokens = c.seq};
+    Check(cudaMemcpy(sequence_, &sequence, sizeof(sequence), cudaMemcpyHostToDevice), "sequence");
+    DmsPrefillBatch batch{.sequences = sequence_,
+                          .band_k = band_k_,
+                          .band_v = band_v_,
+                          .compact_k = compact_k_,
+                          .compact_v = compact_v_,
+                          .batch = 1,
+                          .num_kv_heads = kKvHeads,
+                          .group = kGroup,
+                          .head_dim = c.head_dim,
+                          .window = c.window,
+                          .shift = 1,
+                          .num_rows = c.seq,
+                          .band_rows = c.seq,
+                          .compact_rows = c.seq + 8,
+                          .max_band = c.seq};
+    batch.scratch = Allocate<uint8_t>(DmsPrefillScratchBytes(batch));
+    const int64_t kv = int64_t{kKvHeads} * c.head_dim;
+    const DmsPrefillCompactParams compact{.batch = batch,
+                                          .format = KvFormatId::kFp8,
+                                          .k = k_,
+                                          .v = v_,
+                                          .kv_stride = kv,
+                                          .decisions = decisions_,
+                                          .rows = rows_};
+    const DmsPrefillCudaParams attention{.batch = batch,
+                                         .q = q_,
+                                         .q_stride = kv * kGroup,
+                                         .out = out_,
+                                         .scale = 1.0f / std::sqrt(float(c.head_dim))};
+    const double both = Median(runs, [&] {
+      Check(LaunchDmsPrefillCompact(compact, nullptr));
+      Check(LaunchDmsPrefillAttention(attention, nullptr));
+    });
+    const double first = Median(runs, [&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); });
+
+    // Visible pairs and the bytes that must move.
+    double pairs = 0.0, survivors = 0.0;
+    for (int h = 0; h < kKvHeads; ++h) {
+      double kept = 0.0;
+      for (int i = 0; i < c.seq; ++i) {
+        pairs += std::min(i, c.window) + 1 + kept;
+        const int expires = i - c.window;  // leaves the window of token i + 1
+        if (expires >= 0 &&
+            decisions[static_cast<size_t>(expires + 1) * kKvHeads + static_cast<size_t>(h)] == 0) {
+          ++kept;
+        }
+      }
+      survivors += kept;
+    }
+    const double vectors = double(c.seq) * kKvHeads, dim = c.head_dim;
+    const double stored = vectors * double(TokenBytes(KvFormatId::kFp8, c.head_dim));
+    const double compact_bytes = vectors * dim * 4 * 2 + stored + survivors * dim * 4;
+    const double attention_bytes = vectors * dim * 2 * kGroup * 2;
+    std::printf(
+        "{\"case\": \"%s\", \"ours_us\": %.2f, \"compact_us\": %.2f, \"flop\": %.6g, "
+        "\"bytes\": %.6g, \"compact_bytes\": %.6g}\n",
+        c.name.c_str(), both, first, 4.0 * dim * kGroup * pairs, compact_bytes + attention_bytes,
+        compact_bytes);
+    std::fflush(stdout);
+    cudaFree(batch.scratch);
+  }
+
+ private:
+  template <typename Work>
+  double Median(int runs, Work work) {
+    std::vector<double> us;
+    for (int i = -2; i < runs; ++i) {
+      Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr), "flush");
+      Check(cudaEventRecord(begin_, nullptr), "cudaEventRecord");
+      work();
+      Check(cudaEventRecord(end_, nullptr), "cudaEventRecord");
+      Check(cudaEventSynchronize(end_), "kernels");
+      float ms = 0.0f;
+      Check(cudaEventElapsedTime(&ms, begin_, end_), "cudaEventElapsedTime");
+      if (i >= 0) us.push_back(1e3 * static_cast<double>(ms));
+    }
+    std::sort(us.begin(), us.end());
+    return us[us.size() / 2];
+  }
+
+  Bf16 *q_, *k_, *v_, *out_, *band_k_, *band_v_, *compact_k_, *compact_v_;
+  uint8_t *rows_, *decisions_, *flush_;
+  DmsPrefillSequence* sequence_;
+  cudaEvent_t begin_, end_;
+};
+
+}  // namespace
+}  // namespace winnow::kernels
+
+int main(int argc, char** argv) {
+  const std::string part = argc > 1 ? argv[1] : "";
+  const int runs = argc > 2 ? std::max(1, std::atoi(argv[2])) : 15;
+  winnow::kernels::Bench bench;
+  for (const auto& c : winnow::kernels::Cases()) {
+    if (c.name.find(part) != std::string::npos) bench.Run(c, c.seq > 100000 ? runs / 3 + 1 : runs);
+  }
+}

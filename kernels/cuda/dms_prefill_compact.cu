@@ -99,12 +99,70 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 // ---------------------------------------------------------------------------
+// Plan: the tiles, longest first, by a counting sort on the boxes of keys. One block of
+// kStoreThreads, whose work hides behind the other blocks' of the store kernel.
+
+constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
+constexpr int kBuckets = 2048, kBoxKeys = 128;
+
+__device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, int positions,
+                     int (&counts)[kBuckets], int (&warp_sums)[kStoreWarps]) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  for (int i = tid; i < kBuckets; i += kStoreThreads) counts[i] = 0;
+  __syncthreads();
+  for (int turn = 0; turn < 2; ++turn) {  // count, then place
+    for (int sequence = 0; sequence < b.batch; ++sequence) {
+      const DmsPrefillSequence s = b.sequences[sequence];
+      const int tiles = (s.num_tokens + positions - 1) / positions * b.num_kv_heads;
+      for (int i = tid; i < tiles; i += kStoreThreads) {
+        PrefillTile tile{.sequence = sequence,
+                         .head = i % b.num_kv_heads,
+                         .first = i / b.num_kv_heads * positions};
+        const int expired = s.num_prefix + tile.first - b.window;
+        if (expired > 0) {
+          tile.num_survivors =
+              scratch.marks[int64_t{tile.head} * b.band_rows + s.band_row + expired] >> 1;
+        } else if (b.num_survivors != nullptr) {
+          tile.num_survivors = b.num_survivors[sequence * b.num_kv_heads + tile.head];
+        } else {
+          tile.num_survivors = 0;
+        }
+        const int keys = tile.num_survivors + min(b.window, s.num_prefix + tile.first) + positions;
+        const int bucket = kBuckets - 1 - min(keys / kBoxKeys, kBuckets - 1);
+        const int at = atomicAdd(&counts[bucket], 1);
+        if (turn == 1) scratch.tiles[at] = tile;
+      }
+    }
+    __syncthreads();
+    if (turn == 1) break;
+    // Counts to first places: each thread's run of buckets, then a scan over threads.
+    constexpr int kRun = kBuckets / kStoreThreads;
+    int sum = 0;
+    for (int i = 0; i < kRun; ++i) sum += counts[kRun * tid + i];
+    int inclusive = sum;
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(~0u, inclusive, step);
+      if (lane >= step) inclusive += left;
+    }
+    if (lane == 31) warp_sums[warp] = inclusive;
+    __syncthreads();
+    int place = inclusive - sum;
+    for (int i = 0; i < warp; ++i) place += warp_sums[i];
+    if (tid == kStoreThreads - 1) *scratch.num_tiles = place + sum;
+    for (int i = 0; i < kRun; ++i) {
+      const int count = counts[kRun * tid + i];
+      counts[kRun * tid + i] = place;
+      place += count;
+    }
+    __syncthreads();
+  }
+}
+// ---------------------------------------------------------------------------
 // Store: eight lanes a K or V of one token and head, a warp two such rows of
 // [tokens, heads]. Lane l of the eight holds dims 16 i + 2 l and 16 i + 2 l + 1, so
-// that the error's sixteen partial sums are the CPU's. Grid (pieces of the longest
-// band, batch). Shared memory: the partial sums and the flat rows on their way out.
-
-constexpr int kStoreWarps = 8;
+// that the error's sixteen partial sums are the CPU's. Grid (1 + pieces of the longest
+// band, batch); the first block plans. Shared memory: the partial sums and the flat rows on their
+// way out.
 
 struct Quarter {
   int lane;       // in the eight
@@ -232,8 +290,8 @@ __device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* 
 }
 
 template <int kDim, KvElement kK, KvElement kV>
-__global__ void __launch_bounds__(32 * kStoreWarps)
-    StoreKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch) {
+__global__ void __launch_bounds__(kStoreThreads)
+    StoreKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch, int positions) {
   constexpr int kPairs = kDim / 16;
   constexpr int kKBytes = kDim * static_cast<int>(KvElementBytes(kK));
   constexpr int kVBytes = kDim * static_cast<int>(KvElementBytes(kV));
@@ -243,11 +301,17 @@ __global__ void __launch_bounds__(32 * kStoreWarps)
   static_assert(kTokenBytes % 4 == 0);
   __shared__ alignas(16) float sums[kStoreWarps][4][32];
   __shared__ alignas(16) uint8_t staged[kStoreWarps][2][kTokenBytes];
+  __shared__ int counts[kBuckets];
+  __shared__ int warp_sums[kStoreWarps];
   const DmsPrefillBatch& b = p.batch;
+  if (blockIdx.x == 0) {
+    if (blockIdx.y == 0) Plan(b, scratch, positions, counts, warp_sums);
+    return;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
   const int band = s.num_prefix + s.num_tokens;
-  const int first = 2 * (static_cast<int>(blockIdx.x) * kStoreWarps + warp);
+  const int first = 2 * (static_cast<int>(blockIdx.x - 1) * kStoreWarps + warp);
   const int in_warp = lane / 16, is_v = lane / 8 % 2;
   const int item = first + in_warp;  // of [band, num_kv_heads]
   const int i = item / b.num_kv_heads, head = item - i * b.num_kv_heads;
@@ -306,69 +370,14 @@ __global__ void __launch_bounds__(32 * kStoreWarps)
   }
 }
 
-// ---------------------------------------------------------------------------
-// Plan: the tiles, longest first, by a counting sort on the boxes of keys. One block.
-
-constexpr int kPlanThreads = 1024, kBuckets = 2048, kBoxKeys = 128;
-
-__global__ void __launch_bounds__(kPlanThreads)
-    PlanKernel(const DmsPrefillBatch b, const PrefillScratch scratch, int positions) {
-  __shared__ int counts[kBuckets];
-  __shared__ int warp_sums[kPlanThreads / 32];
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  for (int i = tid; i < kBuckets; i += kPlanThreads) counts[i] = 0;
-  __syncthreads();
-  for (int turn = 0; turn < 2; ++turn) {  // count, then place
-    for (int sequence = 0; sequence < b.batch; ++sequence) {
-      const DmsPrefillSequence s = b.sequences[sequence];
-      const int tiles = (s.num_tokens + positions - 1) / positions * b.num_kv_heads;
-      for (int i = tid; i < tiles; i += kPlanThreads) {
-        PrefillTile tile{.sequence = sequence,
-                         .head = i % b.num_kv_heads,
-                         .first = i / b.num_kv_heads * positions};
-        const int expired = s.num_prefix + tile.first - b.window;
-        if (expired > 0) {
-          tile.num_survivors =
-              scratch.marks[int64_t{tile.head} * b.band_rows + s.band_row + expired] >> 1;
-        } else if (b.num_survivors != nullptr) {
-          tile.num_survivors = b.num_survivors[sequence * b.num_kv_heads + tile.head];
-        } else {
-          tile.num_survivors = 0;
-        }
-        const int keys = tile.num_survivors + min(b.window, s.num_prefix + tile.first) + positions;
-        const int bucket = kBuckets - 1 - min(keys / kBoxKeys, kBuckets - 1);
-        const int at = atomicAdd(&counts[bucket], 1);
-        if (turn == 1) scratch.tiles[at] = tile;
-      }
-    }
-    __syncthreads();
-    if (turn == 1) break;
-    // Counts to first places: each thread's two buckets, then a scan over threads.
-    const int a = counts[2 * tid], sum = a + counts[2 * tid + 1];
-    int inclusive = sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    int place = inclusive - sum;
-    for (int i = 0; i < warp; ++i) place += warp_sums[i];
-    counts[2 * tid] = place;
-    counts[2 * tid + 1] = place + a;
-    if (tid == kPlanThreads - 1) *scratch.num_tiles = place + sum;
-    __syncthreads();
-  }
-}
-static_assert(kBuckets == 2 * kPlanThreads);
-
 template <int kDim, KvElement kK, KvElement kV>
 void EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                   StreamHandle stream) {
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
-  const dim3 grid(static_cast<unsigned>((items + 2 * kStoreWarps - 1) / (2 * kStoreWarps)),
+  const dim3 grid(static_cast<unsigned>(1 + (items + 2 * kStoreWarps - 1) / (2 * kStoreWarps)),
                   static_cast<unsigned>(p.batch.batch));
-  StoreKernel<kDim, kK, kV><<<grid, 32 * kStoreWarps, 0, stream>>>(p, scratch);
+  StoreKernel<kDim, kK, kV><<<grid, kStoreThreads, 0, stream>>>(
+      p, scratch, internal::TilePositions(kDim, p.batch.group));
 }
 
 template <int kDim>
@@ -401,8 +410,6 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
   } else {
     EnqueueStore<128>(params, scratch, stream);
   }
-  PlanKernel<<<1, kPlanThreads, 0, stream>>>(b, scratch,
-                                             internal::TilePositions(b.head_dim, b.group));
   return CudaStatus(cudaGetLastError());
 }
 

@@ -1,0 +1,352 @@
+// Decode attention over spans in device memory: prints one JSON line a case, times in
+// microseconds, and the share of this run's own read stream. Every case is a CUDA graph of
+// several layers with KV of their own, larger together than the L2 cache.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/compact_decode_attention.h"
+#include "kernels/cuda/decode_plan.h"
+
+namespace winnow::kernels {
+namespace {
+
+void Check(cudaError_t error, int line = __builtin_LINE()) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(error));
+  std::exit(1);
+}
+void Check(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
+template <typename T>
+class Device {
+ public:
+  explicit Device(size_t n) { Check(cudaMalloc(&data_, std::max<size_t>(n, 1) * sizeof(T))); }
+  explicit Device(const std::vector<T>& v) : Device(v.size()) {
+    Check(cudaMemcpy(data_, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  T* get() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+__device__ uint32_t Mix(uint64_t x) {
+  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
+  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
+  return static_cast<uint32_t>(x >> 32);
+}
+
+// Random codes, none of them NaN, and scales of 2^-7 or so in the last 4 * slots bytes of
+// each `stride`.
+__global__ void FillTokens(uint8_t* out, int64_t n, int stride, int scale_offset) {
+  for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < n; i += gridDim.x * int64_t{256}) {
+    const int at = static_cast<int>(i % stride);
+    const uint32_t r = Mix(static_cast<uint64_t>(i));
+    out[i] = at < scale_offset ? (r & 0x7f) > 0x7e ? r & 0xfe : r & 0xff
+             : at % 2 == 0     ? r & 0xff
+                               : 0x20;
+  }
+}
+
+__global__ void FillFloats(float* out, int64_t n) {
+  for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < n; i += gridDim.x * int64_t{256}) {
+    const float a = Mix(2 * i) * 0x1p-32f, b = Mix(2 * i + 1) * 0x1p-32f;
+    out[i] = 2.0f * sqrtf(-2.0f * logf(a + 1e-7f)) * cospif(2.0f * b);
+  }
+}
+
+__global__ void __launch_bounds__(512) ReadStream(const uint4* in, int64_t n, uint32_t* out) {
+  uint32_t x = 0;
+  const int64_t step = gridDim.x * int64_t{512};
+  int64_t i = blockIdx.x * int64_t{512} + threadIdx.x;
+  for (; i + 7 * step < n; i += 8 * step) {
+    uint4 v[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = __ldcs(in + i + j * step);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  if (x == 0x12345678u) *out = x;
+}
+
+float Median(std::vector<float> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+template <typename F>
+float MedianMs(int reps, F run, cudaStream_t stream) {
+  cudaEvent_t begin, end;
+  Check(cudaEventCreate(&begin));
+  Check(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < reps + 2; ++i) {
+    Check(cudaEventRecord(begin, stream));
+    run();
+    Check(cudaEventRecord(end, stream));
+    Check(cudaEventSynchronize(end));
+    float ms = 0;
+    Check(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 2) times.push_back(ms);
+  }
+  return Median(times);
+}
+
+// GB/s of a stream of 2 GB that is only read.
+double MeasureStream(cudaStream_t stream) {
+  const int64_t bytes = int64_t{2} << 30;
+  Device<uint4> in(static_cast<size_t>(bytes / 16));
+  Device<uint32_t> out(1);
+  FillTokens<<<2048, 256, 0, stream>>>(reinterpret_cast<uint8_t*>(in.get()), bytes, 1 << 20,
+                                       1 << 20);
+  double best = 1e9;
+  for (const int blocks : {132 * 2, 132 * 4, 132 * 16, 132 * 64}) {
+    const float ms = MedianMs(
+        9, [&] { ReadStream<<<blocks, 512, 0, stream>>>(in.get(), bytes / 16, out.get()); },
+        stream);
+    Check(cudaGetLastError());
+    best = std::min(best, double{ms});
+  }
+  return static_cast<double>(bytes) / best / 1e6;
+}
+
+struct BenchCase {
+  std::string name;
+  KvFormatId format = KvFormatId::kFp8;
+  int head_dim = 128, num_seqs = 1, num_kv_heads = 8, group = 4, window = 256, layers = 36;
+  std::vector<int> survivors;  // of each head
+  bool with_plan = true;       // in the time
+};
+
+struct Result {
+  double us = 0, plan_us = 0, overlapped_us = 0;  // a layer; plan: a step
+  double bytes = 0;                               // a layer
+};
+
+Result RunCase(const BenchCase& c, cudaStream_t stream) {
+  const int slots = SlotsPerPage(c.format, c.head_dim);
+  const auto pages_of = [slots](int n) { return (n + slots - 1) / slots; };
+  DeviceSpans spans{.format = c.format,
+                    .head_dim = c.head_dim,
+                    .window = c.window,
+                    .num_layers = c.layers,
+                    .max_sequences = c.num_seqs,
+                    .num_kv_heads = c.num_kv_heads};
+  const int64_t num_spans = spans.num_spans();
+  const int ring_per_span = spans.ring_pages_per_span();
+  int max_survivors = 0;
+  for (const int n : c.survivors) max_survivors = std::max(max_survivors, n);
+  spans.max_survivor_pages = (pages_of(max_survivors) + 7) / 4 * 4;
+  Result result;
+  int64_t num_pages = 0;
+  std::vector<SpanState> states;
+  for (int64_t i = 0; i < num_spans; ++i) {
+    const int n = c.survivors[static_cast<size_t>(i % c.num_kv_heads)];
+    states.push_back({n, c.window, 0, n + c.window + 1});
+    num_pages += pages_of(n) + ring_per_span;
+    result.bytes += (n + c.window + 1) * static_cast<double>(TokenBytes(c.format, c.head_dim));
+  }
+  result.bytes /= c.layers;
+  std::vector<int32_t> free(static_cast<size_t>(num_pages));
+  std::iota(free.begin(), free.end(), 0);
+  std::shuffle(free.begin(), free.end(), std::mt19937(1));
+  std::vector<int32_t> survivor_pages(static_cast<size_t>(num_spans * spans.max_survivor_pages),
+                                      -1);
+  std::vector<int32_t> ring_pages(static_cast<size_t>(num_spans * ring_per_span));
+  for (int64_t i = 0; i < num_spans; ++i) {
+    const int n = pages_of(states[static_cast<size_t>(i)].num_survivors);
+    for (int j = 0; j < n + ring_per_span; ++j) {
+      (j < n ? survivor_pages[static_cast<size_t>(i * spans.max_survivor_pages + j)]
+             : ring_pages[static_cast<size_t>(i * ring_per_span + j - n)]) = free.back();
+      free.pop_back();
+    }
+  }
+  const int page_bytes = static_cast<int>(PageBytes(c.head_dim));
+  Device<uint8_t> pages(static_cast<size_t>(num_pages) * static_cast<size_t>(page_bytes));
+  Device<uint8_t> newest(static_cast<size_t>(num_spans * spans.newest_stride()));
+  const int scales = static_cast<int>(KvScaleBytes(KvFormatOf(c.format).k));
+  FillTokens<<<2048, 256, 0, stream>>>(pages.get(), num_pages * page_bytes, page_bytes,
+                                       page_bytes - 2 * scales * slots);
+  FillTokens<<<2048, 256, 0, stream>>>(
+      newest.get(), num_spans * spans.newest_stride(), static_cast<int>(spans.newest_stride()),
+      static_cast<int>(TokenBytes(c.format, c.head_dim)) - 2 * scales);
+  Device<SpanState> state(states);
+  Device<int32_t> device_survivors(survivor_pages), device_ring(ring_pages);
+  spans.pages = pages.get();
+  spans.state = state.get();
+  spans.survivor_pages = device_survivors.get();
+  spans.ring_pages = device_ring.get();
+  spans.newest = newest.get();
+
+  const int rows = c.num_seqs * c.num_kv_heads;
+  const int64_t max_pieces = MaxDecodePieces(rows, num_pages / c.layers);
+  const size_t layers = static_cast<size_t>(c.layers), size = static_cast<size_t>(max_pieces);
+  const size_t group = static_cast<size_t>(c.group);
+  Device<DecodePiece> pieces(layers * size);
+  Device<int32_t> counts(layers), next(2 * layers), arrivals(static_cast<size_t>(rows));
+  Device<float> partial(size * group * static_cast<size_t>(c.head_dim)), norms(size * group * 2);
+  Check(cudaMemset(next.get(), 0, 2 * layers * 4));
+  Check(cudaMemset(arrivals.get(), 0, static_cast<size_t>(rows) * 4));
+  const DecodePlan plan{.pieces = pieces.get(),
+                        .num_pieces = counts.get(),
+                        .next_piece = next.get(),
+                        .arrivals = arrivals.get(),
+                        .partial_out = partial.get(),
+                        .partial_norm = norms.get(),
+                        .max_pieces = static_cast<int>(max_pieces)};
+  std::vector<int32_t> slot_of(static_cast<size_t>(c.num_seqs));
+  std::iota(slot_of.begin(), slot_of.end(), 0);
+  Device<int32_t> device_slots(slot_of);
+  const int64_t q_size = static_cast<int64_t>(rows) * c.group * c.head_dim;
+  Device<float> q(static_cast<size_t>(q_size));
+  Device<Bf16> out(static_cast<size_t>(q_size));
+  FillFloats<<<256, 256, 0, stream>>>(q.get(), q_size);
+  Check(cudaGetLastError());
+
+  const auto enqueue_plan = [&] {
+    Check(LaunchDecodePlan(
+        {.spans = spans, .slots = device_slots.get(), .num_seqs = c.num_seqs, .plan = plan},
+        stream));
+  };
+  const auto enqueue_layers = [&](bool overlap) {
+    for (int layer = 0; layer < c.layers; ++layer) {
+      Check(LaunchCompactDecodeAttention({.spans = spans,
+                                          .plan = plan,
+                                          .layer = layer,
+                                          .q = q.get(),
+                                          .out_bf16 = out.get(),
+                                          .num_seqs = c.num_seqs,
+                                          .num_heads = c.num_kv_heads * c.group,
+                                          .scale = 0.088f,
+                                          .overlap_launch = overlap && layer > 0},
+                                         stream));
+    }
+  };
+  const auto time_graph = [&](auto capture) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    capture();
+    Check(cudaStreamEndCapture(stream, &graph));
+    Check(cudaGraphInstantiate(&exec, graph, 0));
+    const double us = 1000.0 * MedianMs(
+                                   15, [&] { Check(cudaGraphLaunch(exec, stream)); }, stream);
+    Check(cudaGraphExecDestroy(exec));
+    Check(cudaGraphDestroy(graph));
+    return us;
+  };
+  enqueue_plan();
+  result.plan_us = time_graph([&] {
+                     for (int i = 0; i < 8; ++i) enqueue_plan();
+                   }) /
+                   8;
+  result.us = time_graph([&] {
+                if (c.with_plan) enqueue_plan();
+                enqueue_layers(false);
+              }) /
+              c.layers;
+  result.overlapped_us = time_graph([&] {
+                           if (c.with_plan) enqueue_plan();
+                           enqueue_layers(true);
+                         }) /
+                         c.layers;
+  Check(cudaStreamSynchronize(stream));
+  return result;
+}
+
+int Main(int argc, char** argv) {
+  const std::string filter = argc > 1 ? argv[1] : "";
+  cudaStream_t stream;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const double gbs = MeasureStream(stream);
+  std::printf("{\"case\": \"read_stream\", \"gbs\": %.1f}\n", gbs);
+  const auto uniform = [](int n) { return std::vector<int>(8, n); };
+  // Of a context of n tokens, window 256, an eighth of the older ones survives.
+  const auto kept = [](int n) { return (n - 257) / 8; };
+  std::vector<BenchCase> cases = {
+      {.name = "decode_bw",
+       .num_seqs = 128,
+       .layers = 8,
+       .survivors = uniform(kept(8192)),
+       .with_plan = false},
+      {.name = "decode_balanced",
+       .num_seqs = 32,
+       .window = 16,
+       .layers = 16,
+       .survivors = uniform(1233),
+       .with_plan = false},
+      {.name = "decode_imbalance",
+       .num_seqs = 32,
+       .window = 16,
+       .layers = 16,
+       .survivors = {6, 6, 33, 83, 283, 983, 3887, 4583},
+       .with_plan = false},
+      {.name = "decode_b1/d128/8k", .survivors = uniform(kept(8192))},
+      {.name = "decode_b1/d64/8k", .head_dim = 64, .survivors = uniform(kept(8192))},
+      {.name = "decode_b8/d128/8k", .num_seqs = 8, .survivors = uniform(kept(8192))},
+      {.name = "decode_b8/d64/8k", .head_dim = 64, .num_seqs = 8, .survivors = uniform(kept(8192))},
+      {.name = "decode/128k_b1", .survivors = uniform(kept(131072))},
+      {.name = "decode/32k_b8", .num_seqs = 8, .layers = 16, .survivors = uniform(kept(32768))},
+      {.name = "decode_bw/int8",
+       .format = KvFormatId::kInt8,
+       .num_seqs = 64,
+       .layers = 8,
+       .survivors = uniform(kept(8192)),
+       .with_plan = false},
+      {.name = "decode_bw/k8v8",
+       .format = KvFormatId::kK8V8,
+       .num_seqs = 64,
+       .layers = 8,
+       .survivors = uniform(kept(8192)),
+       .with_plan = false},
+      {.name = "decode_bw/bf16",
+       .format = KvFormatId::kBf16,
+       .num_seqs = 64,
+       .layers = 8,
+       .survivors = uniform(kept(8192)),
+       .with_plan = false},
+      {.name = "decode_bw/d64",
+       .head_dim = 64,
+       .num_seqs = 128,
+       .layers = 8,
+       .survivors = uniform(kept(8192)),
+       .with_plan = false},
+      {.name = "decode_dense/8k_b16",
+       .num_seqs = 16,
+       .window = 0,
+       .layers = 4,
+       .survivors = uniform(8191),
+       .with_plan = false},
+  };
+  for (const BenchCase& c : cases) {
+    if (c.name.find(filter) == std::string::npos) continue;
+    const Result r = RunCase(c, stream);
+    const double limit = r.bytes / gbs / 1e3;
+    const double us = std::min(r.us, r.overlapped_us);
+    std::printf(
+        "{\"case\": \"%s\", \"ours_us\": %.2f, \"limit_us\": %.2f, \"pct_of_limit\": %.1f, "
+        "\"without_overlap_us\": %.2f, \"plan_us\": %.2f, \"layers\": %d}\n",
+        c.name.c_str(), us, limit, 100.0 * limit / us, r.us, r.plan_us, c.layers);
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace winnow::kernels
+
+int main(int argc, char** argv) { return winnow::kernels::Main(argc, argv); }

@@ -1,0 +1,130 @@
+#include <cuda_runtime.h>
+
+#include <numbers>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status_macros.h"
+#include "common/cuda/cuda_status.h"
+#include "kernels/cuda/compact_decode_attention.cuh"
+#include "kernels/cuda/compact_decode_attention.h"
+
+namespace winnow::kernels {
+namespace device {
+
+extern template cudaError_t LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 64>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 128>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 64>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 128>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 64>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 128>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 64>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 128>(
+    const CompactDecodeArgs&, int, bool, cudaStream_t);
+
+}  // namespace device
+
+namespace {
+
+constexpr int kBlocksPerSm = 2;  // as the kernel's launch bounds
+
+template <int kDim>
+cudaError_t LaunchFormat(KvFormatId format, const device::CompactDecodeArgs& args, int grid,
+                         bool overlap, cudaStream_t stream) {
+  switch (format) {
+    case KvFormatId::kBf16:
+      return device::LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, kDim>(args, grid,
+                                                                                   overlap, stream);
+    case KvFormatId::kFp8:
+      return device::LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, kDim>(args, grid,
+                                                                                   overlap, stream);
+    case KvFormatId::kInt8:
+    case KvFormatId::kInt8H:
+      return device::LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, kDim>(args, grid,
+                                                                                   overlap, stream);
+    case KvFormatId::kK8V8:
+      return device::LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, kDim>(args, grid,
+                                                                                   overlap, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaParams& p) {
+  const DeviceSpans& spans = p.spans;
+  if (spans.head_dim != 64 && spans.head_dim != 128) {
+    return absl::UnimplementedError(
+        absl::StrCat("compact_decode_attention: head_dim=", spans.head_dim, " is not 64 or 128"));
+  }
+  if (p.num_seqs < 0 || p.num_heads < 1 || spans.num_kv_heads < 1 ||
+      p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 || p.layer >= spans.num_layers) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "compact_decode_attention: num_seqs=", p.num_seqs, " num_heads=", p.num_heads,
+        " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ", spans.num_layers));
+  }
+  if (p.num_heads / spans.num_kv_heads > kMaxDecodeGroup) {
+    return absl::UnimplementedError(
+        absl::StrCat("compact_decode_attention: ", p.num_heads / spans.num_kv_heads,
+                     " query heads a KV head, more than ", kMaxDecodeGroup));
+  }
+  if (spans.pages == nullptr || spans.survivor_pages == nullptr || spans.newest == nullptr ||
+      (spans.window > 0 && spans.ring_pages == nullptr)) {
+    return absl::InvalidArgumentError("compact_decode_attention: an array of spans is null");
+  }
+  if (p.plan.pieces == nullptr || p.plan.num_pieces == nullptr || p.plan.next_piece == nullptr ||
+      p.plan.arrivals == nullptr || p.plan.partial_out == nullptr ||
+      p.plan.partial_norm == nullptr) {
+    return absl::InvalidArgumentError("compact_decode_attention: an array of plan is null");
+  }
+  if (p.q == nullptr || (p.out_f32 == nullptr) == (p.out_bf16 == nullptr)) {
+    return absl::InvalidArgumentError(
+        "compact_decode_attention: q is null or not exactly one of out_f32 and out_bf16 is set");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams& p,
+                                          StreamHandle stream) {
+  WINNOW_RETURN_IF_ERROR(ValidateCompactDecodeAttention(p));
+  if (p.num_seqs == 0) return absl::OkStatus();
+  const DeviceSpans& spans = p.spans;
+  const int64_t first_span =
+      static_cast<int64_t>(p.layer) * spans.max_sequences * spans.num_kv_heads;
+  const device::CompactDecodeArgs args = {
+      .pieces = p.plan.pieces + static_cast<int64_t>(p.layer) * p.plan.max_pieces,
+      .num_pieces = p.plan.num_pieces + p.layer,
+      .next_piece = p.plan.next_piece + 2 * p.layer,
+      .arrivals = p.plan.arrivals,
+      .partial_out = p.plan.partial_out,
+      .partial_norm = p.plan.partial_norm,
+      .pages = spans.pages,
+      .survivor_pages = spans.survivor_pages + first_span * spans.max_survivor_pages,
+      .ring_pages = spans.ring_pages + first_span * spans.ring_pages_per_span(),
+      .newest = spans.newest + first_span * spans.newest_stride(),
+      .q = p.q,
+      .out_f32 = p.out_f32,
+      .out_bf16 = p.out_bf16,
+      .newest_stride = spans.newest_stride(),
+      .max_survivor_pages = spans.max_survivor_pages,
+      .ring_pages_per_span = spans.ring_pages_per_span(),
+      .group = p.num_heads / spans.num_kv_heads,
+      .scale_log2 = p.scale * std::numbers::log2e_v<float>,
+      .rotated = KvFormatOf(spans.format).rotated};
+  int device = 0, num_sms = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  const int grid = num_sms * kBlocksPerSm;
+  return CudaStatus(spans.head_dim == 64
+                        ? LaunchFormat<64>(spans.format, args, grid, p.overlap_launch, stream)
+                        : LaunchFormat<128>(spans.format, args, grid, p.overlap_launch, stream));
+}
+
+}  // namespace winnow::kernels

@@ -114,6 +114,7 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
       .newest_stride = spans.newest_stride(),
       .max_survivor_pages = spans.max_survivor_pages,
       .ring_pages_per_span = spans.ring_pages_per_span(),
+      .max_pieces = p.plan.max_pieces,
       .group = p.num_heads / spans.num_kv_heads,
       .scale_log2 = p.scale * std::numbers::log2e_v<float>,
       .rotated = KvFormatOf(spans.format).rotated};

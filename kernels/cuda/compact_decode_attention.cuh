@@ -36,6 +36,7 @@ struct CompactDecodeArgs {
   Bf16* out_bf16;
   int64_t newest_stride;
   int max_survivor_pages, ring_pages_per_span;
+  int max_pieces;
   int group;
   float scale_log2;  // scale * log2(e)
   bool rotated;
@@ -493,11 +494,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   const int num_pieces = *args.num_pieces;
   const int grid = static_cast<int>(gridDim.x);
   int at = static_cast<int>(blockIdx.x), next_at = at + grid;
+  // No pages past the last piece. Loads before the number of pieces is there.
   const auto load_piece = [&](int i) {
     PieceWords piece;
-    if (i < num_pieces && lane < 16) {
+    if (i < args.max_pieces && lane < 16) {
       piece.word = reinterpret_cast<const int*>(args.pieces + i)[lane];
     }
+    if (i >= num_pieces) piece.word = 0;
     return piece;
   };
   DecodeWarp<kK, kV, kDim> state(args, warp, lane);
@@ -588,15 +591,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       }
     }
     if (pieces_of_span > 1) {
-      __threadfence();
       __syncthreads();  // the block's partial result is out
       if (tid == 0) {
+        __threadfence();
         is_last = atomicAdd(&args.arrivals[row], 1) == pieces_of_span - 1 ? 1 : 0;
         if (is_last != 0) args.arrivals[row] = 0;
         __threadfence();
       }
       __syncthreads();
       if (is_last != 0) {
+        // The first pieces' results are on their way while the weights are computed.
+        constexpr int kAhead = 8;
+        const float* first_in = args.partial_out +
+                                (partial * group + min(tid / kLanesPerHead, group - 1)) * kDim +
+                                tid % kLanesPerHead * 4;
+        float4 ahead[kAhead];
+#pragma unroll
+        for (int p = 0; p < kAhead; ++p) {
+          const int64_t offset = static_cast<int64_t>(min(p, pieces_of_span - 1)) * group * kDim;
+          ahead[p] = __ldcg(reinterpret_cast<const float4*>(first_in + offset));
+        }
         for (int head = warp; head < group; head += kDecodeWarps) {
           float2 part[kMaxPieces / 32];
           float max = -INFINITY;
@@ -634,15 +648,20 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
           const int channel = task % kLanesPerHead * 4;
           const float* in = args.partial_out + (partial * group + head) * kDim + channel;
           float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (task < tasks) {
-#pragma unroll 8
-            for (int p = 0; p < pieces_of_span; ++p) {
-              const float4 y = __ldcg(
-                  reinterpret_cast<const float4*>(in + static_cast<int64_t>(p) * group * kDim));
-              const float w = weights[head][p];
-              x = make_float4(x.x + w * y.x, x.y + w * y.y, x.z + w * y.z, x.w + w * y.w);
-            }
+          const auto add = [&](int p, float4 y) {
+            const float w = weights[head][p];
+            x = make_float4(x.x + w * y.x, x.y + w * y.y, x.z + w * y.z, x.w + w * y.w);
+          };
+          const auto load = [&](int p) {
+            return __ldcg(
+                reinterpret_cast<const float4*>(in + static_cast<int64_t>(p) * group * kDim));
+          };
+#pragma unroll
+          for (int p = 0; p < kAhead; ++p) {
+            if (p < pieces_of_span) add(p, base == 0 ? ahead[p] : load(p));
           }
+#pragma unroll 8
+          for (int p = kAhead; p < pieces_of_span; ++p) add(p, load(p));
           const float norm = total[head];
           x = make_float4(x.x / norm, x.y / norm, x.z / norm, x.w / norm);
           if (args.rotated) x = HadamardLanes<kDim>(x, lane);

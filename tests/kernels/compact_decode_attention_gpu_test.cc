@@ -347,7 +347,7 @@ std::vector<DecodeCase> Cases() {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CompactDecodeGpu, testing::ValuesIn(Cases()),
-                         [](const auto& info) { return info.param.name; });
+                         [](const auto& c) { return c.param.name; });
 
 }  // namespace
 }  // namespace winnow::kernels

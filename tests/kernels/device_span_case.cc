@@ -50,6 +50,7 @@ DeviceSpanCase::DeviceSpanCase(const DeviceSpanShape& shape, int num_sequences,
   const int slots = kernels::SlotsPerPage(shape.format, shape.head_dim);
   const auto pages_of = [slots](int n) { return (n + slots - 1) / slots; };
   const int ring_per_span = pages_of(shape.window);
+  max_survivor_pages_ = (pages_of(shape.max_survivors) + 3) / 4 * 4;
   for (const SpanLength& length : lengths) {
     total_pages_ += pages_of(length.survivors) + pages_of(length.ring);
     max_survivor_pages_ = std::max(max_survivor_pages_, (pages_of(length.survivors) + 8) / 4 * 4);

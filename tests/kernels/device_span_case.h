@@ -20,7 +20,8 @@ struct DeviceSpanShape {
   int window = 256;
   int shift = 1;
   int num_layers = 1, num_kv_heads = 1;
-  int spare_pages = 0;  // pages of the pool that no span holds
+  int spare_pages = 0;    // pages of the pool that no span holds
+  int max_survivors = 0;  // room in the tables beyond what lengths need
   uint32_t seed = 1;
 };
 

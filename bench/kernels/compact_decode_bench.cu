@@ -13,6 +13,8 @@
 
 #include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/cuda/decode_plan.h"
+#include "kernels/cuda/decode_prepare.h"
+#include "kernels/cuda/decode_step.h"
 
 namespace winnow::kernels {
 namespace {
@@ -268,6 +270,113 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
   return result;
 }
 
+// The memory side of a step of 64 sequences of Qwen3-8B's shape, and one layer's
+// decode_prepare: microseconds of one launch each.
+void RunPrepare(cudaStream_t stream) {
+  constexpr int kLayers = 36, kSeqs = 64, kHeads = 32, kKvHeads = 8, kDim = 128, kWindow = 256;
+  constexpr int kSurvivors = 991, kSteps = 60;  // every span fills a page in the second step
+  DeviceSpans spans{.head_dim = kDim,
+                    .window = kWindow,
+                    .num_layers = kLayers,
+                    .max_sequences = kSeqs,
+                    .num_kv_heads = kKvHeads};
+  const int slots = spans.slots_per_page(), ring = spans.ring_pages_per_span();
+  const int pages = (kSurvivors + slots - 1) / slots;
+  spans.max_survivor_pages = (pages + kSteps / slots + 4) / 4 * 4;
+  const size_t n = static_cast<size_t>(spans.num_spans());
+  const size_t total = n * static_cast<size_t>(pages + ring + kSteps / slots + 1);
+  std::vector<int32_t> free(total);
+  std::iota(free.begin(), free.end(), 0);
+  std::shuffle(free.begin(), free.end(), std::mt19937(1));
+  std::vector<int32_t> survivor_ids(n * static_cast<size_t>(spans.max_survivor_pages), -1),
+      ring_ids(n * static_cast<size_t>(ring));
+  for (size_t i = 0; i < n; ++i) {
+    for (int j = 0; j < pages + ring; ++j) {
+      (j < pages ? survivor_ids[i * static_cast<size_t>(spans.max_survivor_pages) +
+                                static_cast<size_t>(j)]
+                 : ring_ids[i * static_cast<size_t>(ring) + static_cast<size_t>(j - pages)]) =
+          free.back();
+      free.pop_back();
+    }
+  }
+  const int32_t left = static_cast<int32_t>(free.size());
+  Device<uint8_t> memory(total * PageBytes(kDim));
+  Device<uint8_t> newest(n * static_cast<size_t>(spans.newest_stride()));
+  std::vector<uint8_t> flags(n * static_cast<size_t>(spans.evict_stride()));
+  std::mt19937 rng(2);
+  for (uint8_t& f : flags) f = rng() % 8 != 0;
+  for (size_t i = 0; i < n; ++i) {  // the first two that leave are kept
+    flags[i * static_cast<size_t>(spans.evict_stride())] = 0;
+    flags[i * static_cast<size_t>(spans.evict_stride()) + 1] = 0;
+  }
+  Device<uint8_t> ring_evict(flags);
+  Device<SpanState> state(std::vector<SpanState>(n, {kSurvivors, kWindow, 0, 8192}));
+  Device<int32_t> d_survivors(survivor_ids), d_ring(ring_ids), d_free(free),
+      num_free(std::vector<int32_t>{left}), exhausted(std::vector<int32_t>{0});
+  spans.pages = memory.get();
+  spans.state = state.get();
+  spans.survivor_pages = d_survivors.get();
+  spans.ring_pages = d_ring.get();
+  spans.newest = newest.get();
+  spans.ring_evict = ring_evict.get();
+  std::vector<int32_t> slot_of(kSeqs), positions(kSeqs, 8192);
+  std::iota(slot_of.begin(), slot_of.end(), 0);
+  Device<int32_t> d_slots(slot_of), d_positions(positions);
+  constexpr int kRow = (kHeads + 2 * kKvHeads) * kDim;
+  Device<float> qkv(kSeqs * kRow), norm(kDim), table(9000 * kDim / 2), q_out(kSeqs * kHeads * kDim);
+  for (const auto& [data, size] : {std::pair{qkv.get(), kSeqs * kRow}, std::pair{norm.get(), kDim},
+                                   std::pair{table.get(), 9000 * kDim / 2}}) {
+    FillFloats<<<256, 256, 0, stream>>>(data, size);
+  }
+  Check(cudaGetLastError());
+  const float step_ms = MedianMs(
+      40,
+      [&] {
+        Check(LaunchDecodeStep({.spans = spans,
+                                .pool = {d_free.get(), num_free.get(), exhausted.get()},
+                                .slots = d_slots.get(),
+                                .num_seqs = kSeqs},
+                               stream));
+      },
+      stream);
+  const float prepare_ms = MedianMs(
+      9,
+      [&] {
+        for (int layer = 0; layer < kLayers; ++layer) {
+          Check(LaunchDecodePrepare(
+              {.compact = {.q = qkv.get(),
+                           .k = qkv.get() + kHeads * kDim,
+                           .v = qkv.get() + (kHeads + kKvHeads) * kDim,
+                           .q_stride = kRow,
+                           .k_stride = kRow,
+                           .v_stride = kRow,
+                           .q_norm = norm.get(),
+                           .k_norm = norm.get(),
+                           .positions = d_positions.get(),
+                           .rope_cos = table.get(),
+                           .rope_sin = table.get(),
+                           .num_positions = 9000,
+                           .rule = {.source = DecisionSource::kBorrowedAfterQNorm},
+                           .q_out = q_out.get(),
+                           .num_tokens = kSeqs,
+                           .num_heads = kHeads,
+                           .num_kv_heads = kKvHeads,
+                           .head_dim = kDim},
+               .spans = spans,
+               .slots = d_slots.get(),
+               .layer = layer},
+              stream));
+        }
+      },
+      stream);
+  int32_t was_exhausted = 0;
+  Check(cudaMemcpy(&was_exhausted, exhausted.get(), 4, cudaMemcpyDeviceToHost));
+  std::printf("{\"case\": \"decode_step/b64\", \"ours_us\": %.2f}\n", 1000.0 * step_ms);
+  std::printf("{\"case\": \"decode_prepare/b64\", \"ours_us\": %.2f, \"exhausted\": %d}\n",
+              1000.0 * prepare_ms / kLayers, was_exhausted);
+  std::fflush(stdout);
+}
+
 int Main(int argc, char** argv) {
   const std::string filter = argc > 1 ? argv[1] : "";
   cudaStream_t stream;
@@ -343,6 +452,7 @@ int Main(int argc, char** argv) {
         c.name.c_str(), us, limit, 100.0 * limit / us, r.us, r.plan_us, c.layers);
     std::fflush(stdout);
   }
+  if (filter.empty() || filter == "prepare") RunPrepare(stream);
   return 0;
 }
 

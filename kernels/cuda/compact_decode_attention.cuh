@@ -416,7 +416,7 @@ class DecodeWarp {
       for (int half = 0; half < 2; ++half) {
         const int key = t * 16 + half * 8 + 2 * c_;
         uint32_t w = 0;
-        if (key < page.count) w = *reinterpret_cast<const uint32_t*>(scales + key * 2);
+        if (key < page.count) w = __ldg(reinterpret_cast<const uint32_t*>(scales + key * 2));
         if (page.slots == 1 && part == 1) w >>= 16;
         if (key + 1 >= page.count) w &= 0xffffu;
         out[t][half] = w;

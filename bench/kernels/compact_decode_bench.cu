@@ -82,6 +82,10 @@ __global__ void __launch_bounds__(512) ReadStream(const uint4* in, int64_t n, ui
 #pragma unroll
     for (int j = 0; j < 8; ++j) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
+  for (; i < n; i += step) {
+    const uint4 v = __ldcs(in + i);
+    x ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
   if (x == 0x12345678u) *out = x;
 }
 

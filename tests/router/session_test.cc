@@ -450,6 +450,12 @@ TEST_F(SessionTest, ClientThatLeavesEndsBothLegs) {
   auto reader = stub_->Generate(&context, Request());
   v1::GenerateResponse response;
   ASSERT_TRUE(reader->Read(&response));
+  // The first token comes from the prefill worker: the decode leg may still be on its way, and a
+  // call that is cancelled before its handler runs is never seen to be cancelled.
+  for (int i = 0; i < 500 && decode_.decode_requests().empty(); ++i) {
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  ASSERT_EQ(decode_.decode_requests().size(), 1u);
   context.TryCancel();
   while (reader->Read(&response)) continue;
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);

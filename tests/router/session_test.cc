@@ -477,6 +477,22 @@ TEST_F(SessionTest, DeadlineEndsBothLegs) {
   EXPECT_TRUE(decode_.WaitForCancelled(1));
 }
 
+// A deadline that passes while legs are being opened: each leg that a worker saw begin, it sees end.
+TEST_F(SessionTest, DeadlineAtAnyMomentLeavesNoLegBehind) {
+  prefill_.SetPrefill(
+      [this](auto* context, const auto&, auto*) { return prefill_.WaitCancelled(context); });
+  decode_.SetDecode(
+      [this](auto* context, const auto&, auto*) { return decode_.WaitCancelled(context); });
+  StartPair();
+  for (int i = 0; i < 60; ++i) {
+    EXPECT_FALSE(Generate(Request(), absl::Microseconds(200 + 150 * i)).status.ok());
+  }
+  for (FakeWorker* worker : {&prefill_, &decode_}) {
+    const auto begun = worker->prefill_requests().size() + worker->decode_requests().size();
+    EXPECT_TRUE(worker->WaitForCancelled(static_cast<int>(begun))) << begun;
+  }
+}
+
 TEST_F(SessionTest, QueueIsBoundedAndInOrder) {
   std::atomic<bool> go{false};
   prefill_.SetPrefill([&](auto* context, const auto&, auto* writer) {

@@ -9,6 +9,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace winnow::kernels {
@@ -22,7 +23,7 @@ using internal::PrefillTile;
 // Marks: one block a (KV head, sequence) scans the band's keep bits. Grid
 // (num_kv_heads, batch), kScanThreads threads of kScanTokens tokens each and turn.
 
-constexpr int kScanThreads = 1024, kScanTokens = 4;
+constexpr int kScanThreads = 1024, kScanTokens = 8;
 
 // The bit of band token `i` of a band of `band`, 1: evict.
 __device__ bool Evicted(const DmsPrefillCompactParams& p, const DmsPrefillSequence& s, int head,
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) expired = before;
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *scratch.ticket = 0;
   int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row;
+  static_assert(kScanThreads == 32 * 32);
   for (int base = 0; base < band; base += kScanThreads * kScanTokens) {
     const int first = base + static_cast<int>(threadIdx.x) * kScanTokens;
     int keep[kScanTokens], sum = 0;
@@ -73,13 +75,17 @@ __global__ void __launch_bounds__(kScanThreads)
     __syncthreads();  // the last turn's sums are read
     if (lane == 31) warp_sums[warp] = inclusive;
     __syncthreads();
-    int total = 0, rank = before + inclusive - sum;
+    // Every warp scans the 32 warps' sums for itself.
+    int warps = warp_sums[lane];
 #pragma unroll
-    for (int i = 0; i < kScanThreads / 32; ++i) {
-      const int n = warp_sums[i];
-      rank += i < warp ? n : 0;
-      total += n;
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(~0u, warps, step);
+      if (lane >= step) warps += left;
     }
+    const int total = __shfl_sync(~0u, warps, 31);
+    const int up_to_mine = __shfl_sync(~0u, warps, warp);
+    const int own = __shfl_sync(~0u, inclusive, 31);
+    int rank = before + up_to_mine - own + inclusive - sum;
 #pragma unroll
     for (int i = 0; i < kScanTokens; ++i) {
       if (first + i < band) marks[first + i] = 2 * rank + keep[i];
@@ -157,12 +163,13 @@ __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, in
     __syncthreads();
   }
 }
+
 // ---------------------------------------------------------------------------
 // Store: eight lanes a K or V of one token and head, a warp two such rows of
 // [tokens, heads]. Lane l of the eight holds dims 16 i + 2 l and 16 i + 2 l + 1, so
 // that the error's sixteen partial sums are the CPU's. Grid (1 + pieces of the longest
-// band, batch); the first block plans. Shared memory: the partial sums and the flat rows on their
-// way out.
+// band, batch); the first block plans. Shared memory: the partial sums, the flat rows on
+// their way out, and the plan's counts.
 
 struct Quarter {
   int lane;       // in the eight
@@ -304,6 +311,7 @@ __global__ void __launch_bounds__(kStoreThreads)
   __shared__ int counts[kBuckets];
   __shared__ int warp_sums[kStoreWarps];
   const DmsPrefillBatch& b = p.batch;
+  ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
     if (blockIdx.y == 0) Plan(b, scratch, positions, counts, warp_sums);
     return;
@@ -337,11 +345,12 @@ __global__ void __launch_bounds__(kStoreThreads)
             make_float2(__uint_as_float(packed[n] << 16), __uint_as_float(packed[n] & 0xffff0000u));
       }
       float* own_sums = sums[warp][lane / 8];
-      if (is_v) {
-        StoreVector<kV>(x, quarter, own_sums, row + kKBytes,
-                        row + kScaleAt + static_cast<int>(KvScaleBytes(kK)));
+      uint8_t* codes = is_v ? row + kKBytes : row;
+      uint8_t* scale = row + kScaleAt + (is_v ? static_cast<int>(KvScaleBytes(kK)) : 0);
+      if (kK == kV || !is_v) {  // one path for all lanes if the elements are of one kind
+        StoreVector<kK>(x, quarter, own_sums, codes, scale);
       } else {
-        StoreVector<kK>(x, quarter, own_sums, row, row + kScaleAt);
+        StoreVector<kV>(x, quarter, own_sums, codes, scale);
       }
 #pragma unroll
       for (int n = 0; n < kPairs; ++n) {
@@ -371,18 +380,18 @@ __global__ void __launch_bounds__(kStoreThreads)
 }
 
 template <int kDim, KvElement kK, KvElement kV>
-void EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
-                  StreamHandle stream) {
+absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
+                          StreamHandle stream) {
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(1 + (items + 2 * kStoreWarps - 1) / (2 * kStoreWarps)),
                   static_cast<unsigned>(p.batch.batch));
-  StoreKernel<kDim, kK, kV><<<grid, kStoreThreads, 0, stream>>>(
-      p, scratch, internal::TilePositions(kDim, p.batch.group));
+  return LaunchEarly(StoreKernel<kDim, kK, kV>, grid, kStoreThreads, 0, stream, p, scratch,
+                     internal::TilePositions(kDim, p.batch.group));
 }
 
 template <int kDim>
-void EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
-                  StreamHandle stream) {
+absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
+                          StreamHandle stream) {
   switch (p.format) {
     case KvFormatId::kBf16:
       return EnqueueStore<kDim, KvElement::kBf16, KvElement::kBf16>(p, scratch, stream);
@@ -394,6 +403,7 @@ void EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratc
     case KvFormatId::kK8V8:
       return EnqueueStore<kDim, KvElement::kInt8, KvElement::kE4m3>(p, scratch, stream);
   }
+  return absl::InternalError("dms_prefill: unknown format");
 }
 
 }  // namespace
@@ -405,12 +415,9 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
   const PrefillScratch scratch = internal::ScratchOf(b);
   const dim3 heads(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
   MarkKernel<<<heads, kScanThreads, 0, stream>>>(params, scratch);
-  if (b.head_dim == 64) {
-    EnqueueStore<64>(params, scratch, stream);
-  } else {
-    EnqueueStore<128>(params, scratch, stream);
-  }
-  return CudaStatus(cudaGetLastError());
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  return b.head_dim == 64 ? EnqueueStore<64>(params, scratch, stream)
+                          : EnqueueStore<128>(params, scratch, stream);
 }
 
 }  // namespace winnow::kernels

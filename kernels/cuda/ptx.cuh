@@ -30,6 +30,13 @@ __device__ __forceinline__ uint32_t PackBf16(float lo, float hi) {
   return packed;
 }
 
+// Waits for the kernels before this one in the stream, where LaunchEarly() started it.
+__device__ __forceinline__ void WaitForPredecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #if WINNOW_SM90A
 
 // --- mbarrier (shared memory, 8 bytes) ---
@@ -154,11 +161,11 @@ __device__ __forceinline__ uint64_t SwizzledMatrix(const void* start, uint32_t l
 #define WINNOW_D32                                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WINNOW_D64                                                               \
-  WINNOW_D32                                                                     \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-      "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "   \
-      "%60, %61, %62, %63"
+#define WINNOW_D64                                                           \
+  WINNOW_D32                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "   \
+  "%60, %61, %62, %63"
 
 // d[64, 128] (+)= a[64, 16] * b[128, 16]^T, all from shared memory, both K-major.
 __device__ __forceinline__ void WgmmaSs128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {

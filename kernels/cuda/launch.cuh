@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "absl/status/status.h"
+#include "common/cuda/cuda_status.h"
+#include "common/cuda/stream_handle.h"
+
+namespace winnow::kernels {
+
+// Enqueues a kernel whose blocks may be placed while the kernel before it in the stream
+// runs out, which hides the launch. REQUIRES: each of its threads that touches memory
+// calls ptx::WaitForPredecessors() first.
+template <typename... Params, typename... Args>
+absl::Status LaunchEarly(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
+                         StreamHandle stream, Args&&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return CudaStatus(cudaLaunchKernelEx(&config, kernel, Params(args)...));
+}
+
+}  // namespace winnow::kernels

@@ -477,7 +477,8 @@ TEST_F(SessionTest, DeadlineEndsBothLegs) {
   EXPECT_TRUE(decode_.WaitForCancelled(1));
 }
 
-// A deadline that passes while legs are being opened: each leg that a worker saw begin, it sees end.
+// A deadline that passes while legs are being opened: each leg that a worker saw begin, it sees
+// end.
 TEST_F(SessionTest, DeadlineAtAnyMomentLeavesNoLegBehind) {
   prefill_.SetPrefill(
       [this](auto* context, const auto&, auto*) { return prefill_.WaitCancelled(context); });

@@ -370,6 +370,55 @@ TEST_P(DmsPrefillGpu, EqualsTheCpu) {
   }
 }
 
+// What is looked at before anything is enqueued; needs no device.
+TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
+  alignas(256) static uint8_t memory[256];
+  auto* values = reinterpret_cast<Bf16*>(memory);
+  const DmsPrefillBatch good{.sequences = reinterpret_cast<DmsPrefillSequence*>(memory),
+                             .band_k = values,
+                             .band_v = values,
+                             .compact_k = values,
+                             .compact_v = values,
+                             .scratch = memory,
+                             .batch = 1,
+                             .num_kv_heads = 2,
+                             .group = 3,
+                             .head_dim = 64,
+                             .window = 1,
+                             .num_rows = 5,
+                             .band_rows = 6,
+                             .compact_rows = 14,
+                             .max_band = 6};
+  ASSERT_TRUE(ValidateDmsPrefillBatch(good).ok()) << ValidateDmsPrefillBatch(good);
+  const auto code = [&](auto change) {
+    DmsPrefillBatch batch = good;
+    change(batch);
+    return ValidateDmsPrefillBatch(batch).code();
+  };
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  EXPECT_EQ(code([](auto& b) { b.head_dim = 96; }), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(code([](auto& b) { b.window = 0; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.shift = 2; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.group = 0; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.band_rows = 4; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.max_band = 7; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.compact_k = nullptr; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.band_v = b.band_v + 1; }), invalid);
+
+  DmsPrefillCompactParams compact{.batch = good, .k = values, .v = values, .kv_stride = 128};
+  EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
+  compact.kv_stride = 127;
+  EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
+  DmsPrefillCudaParams attention{
+      .batch = good, .q = values, .q_stride = 384, .out = values, .scale = 0.125f};
+  EXPECT_TRUE(ValidateDmsPrefillAttentionCuda(attention).ok());
+  attention.scale = 0.0f;
+  EXPECT_EQ(ValidateDmsPrefillAttentionCuda(attention).code(), invalid);
+  attention.scale = 0.125f;
+  attention.q_stride = 380;
+  EXPECT_EQ(ValidateDmsPrefillAttentionCuda(attention).code(), invalid);
+}
+
 const PrefillCase kCases[] = {
     {.name = "one_token", .sequences = {{0, 1}}},
     {.name = "a_tile_less_one", .sequences = {{0, 31}}},

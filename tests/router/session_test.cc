@@ -78,7 +78,8 @@ class SessionTest : public ::testing::Test {
     stub_.reset();
     server_.reset();
     if (registry_ == nullptr) return;
-    // Every request has given back its place.
+    // Every request gives back its place, a moment after its client has the last word.
+    service_->Drain(absl::Now() + absl::Seconds(5), [] { return false; });
     EXPECT_EQ(admission_->running(), 0);
     EXPECT_EQ(admission_->waiting(), 0);
     for (const auto& list : {registry_->Prefill(), registry_->Decode()}) {

@@ -46,7 +46,8 @@ def draw_quality(runs, path):
         ylabel="KL divergence to dense-bf16, nats a token",
     )
     # Whole parts of the dense cache's bytes, those that the curves span.
-    parts = [n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if axes.get_xlim()[0] <= 1 / n <= axes.get_xlim()[1]]
+    low, high = axes.get_xlim()
+    parts = [n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if low <= 1 / n <= high]
     axes.set_xticks([1 / n for n in parts], [f"1/{n}" for n in parts])
     axes.set_xticks([], minor=True)
     axes.grid(True, which="both", alpha=0.3)

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/kernels/cuda_check.h"
 #include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/cuda/decode_plan.h"
 #include "kernels/cuda/decode_prepare.h"
@@ -18,17 +19,6 @@
 
 namespace winnow::kernels {
 namespace {
-
-void Check(cudaError_t error, int line = __builtin_LINE()) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "line %d: %s\n", line, cudaGetErrorString(error));
-  std::exit(1);
-}
-void Check(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
 
 template <typename T>
 class Device {

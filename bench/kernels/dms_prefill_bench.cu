@@ -12,26 +12,16 @@
 #include <string>
 #include <vector>
 
+#include "bench/kernels/cuda_check.h"
 #include "kernels/cuda/dms_prefill.h"
 
 namespace winnow::kernels {
 namespace {
 
-void Check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-void Check(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
-
 template <typename T>
 T* Allocate(size_t n) {
   void* p = nullptr;
-  Check(cudaMalloc(&p, n * sizeof(T)), "cudaMalloc");
+  Check(cudaMalloc(&p, n * sizeof(T)));
   return static_cast<T*>(p);
 }
 
@@ -101,9 +91,9 @@ class Bench {
       FillNormal<<<1024, 256>>>(reinterpret_cast<__nv_bfloat162*>(x), static_cast<int64_t>(n / 2),
                                 seed++);
     }
-    Check(cudaEventCreate(&begin_), "cudaEventCreate");
-    Check(cudaEventCreate(&end_), "cudaEventCreate");
-    Check(cudaDeviceSynchronize(), "FillNormal");
+    Check(cudaEventCreate(&begin_));
+    Check(cudaEventCreate(&end_));
+    Check(cudaDeviceSynchronize());
   }
 
   void Run(const BenchCase& c, int runs) {
@@ -116,7 +106,7 @@ class Bench {
     Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice),
           "decisions");
     const DmsPrefillSequence sequence{.num_tokens = c.seq};
-    Check(cudaMemcpy(sequence_, &sequence, sizeof(sequence), cudaMemcpyHostToDevice), "sequence");
+    Check(cudaMemcpy(sequence_, &sequence, sizeof(sequence), cudaMemcpyHostToDevice));
     DmsPrefillBatch batch{.sequences = sequence_,
                           .band_k = band_k_,
                           .band_v = band_v_,
@@ -184,13 +174,13 @@ class Bench {
   double Median(int runs, Work work) {
     std::vector<double> us;
     for (int i = -2; i < runs; ++i) {
-      Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr), "flush");
-      Check(cudaEventRecord(begin_, nullptr), "cudaEventRecord");
+      Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
+      Check(cudaEventRecord(begin_, nullptr));
       work();
-      Check(cudaEventRecord(end_, nullptr), "cudaEventRecord");
-      Check(cudaEventSynchronize(end_), "kernels");
+      Check(cudaEventRecord(end_, nullptr));
+      Check(cudaEventSynchronize(end_));
       float ms = 0.0f;
-      Check(cudaEventElapsedTime(&ms, begin_, end_), "cudaEventElapsedTime");
+      Check(cudaEventElapsedTime(&ms, begin_, end_));
       if (i >= 0) us.push_back(1e3 * static_cast<double>(ms));
     }
     std::sort(us.begin(), us.end());

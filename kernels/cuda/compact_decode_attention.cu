@@ -7,6 +7,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/compact_decode_attention.cuh"
 #include "kernels/cuda/compact_decode_attention.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace winnow::kernels {
 namespace device {
@@ -64,10 +65,12 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
         absl::StrCat("compact_decode_attention: head_dim=", spans.head_dim, " is not 64 or 128"));
   }
   if (p.num_seqs < 0 || p.num_heads < 1 || spans.num_kv_heads < 1 ||
-      p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 || p.layer >= spans.num_layers) {
+      p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 || p.layer >= spans.num_layers ||
+      spans.window < 0 || p.plan.max_pieces < 1) {
     return absl::InvalidArgumentError(absl::StrCat(
         "compact_decode_attention: num_seqs=", p.num_seqs, " num_heads=", p.num_heads,
-        " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ", spans.num_layers));
+        " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ", spans.num_layers,
+        " window=", spans.window, " max_pieces=", p.plan.max_pieces));
   }
   if (p.num_heads / spans.num_kv_heads > kMaxDecodeGroup) {
     return absl::UnimplementedError(
@@ -86,6 +89,12 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
   if (p.q == nullptr || (p.out_f32 == nullptr) == (p.out_bf16 == nullptr)) {
     return absl::InvalidArgumentError(
         "compact_decode_attention: q is null or not exactly one of out_f32 and out_bf16 is set");
+  }
+  if (!Aligned(p.q, 16) || !Aligned(p.out_f32, 16) || !Aligned(p.out_bf16, 8) ||
+      !Aligned(p.plan.pieces, 64) || !Aligned(p.plan.partial_out, 16) ||
+      !Aligned(p.plan.partial_norm, 8)) {
+    return absl::InvalidArgumentError(
+        "compact_decode_attention: q, an output or an array of plan is misaligned");
   }
   return absl::OkStatus();
 }

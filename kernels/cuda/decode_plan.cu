@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
 
 absl::Status ValidateDecodePlan(const DecodePlanParams& p) {
   if (p.num_seqs < 0 || p.spans.num_layers < 1 || p.spans.num_kv_heads < 1 ||
-      p.spans.max_sequences < 1 || p.plan.max_pieces < 1) {
+      p.spans.max_sequences < 1 || p.spans.window < 0 || p.plan.max_pieces < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("decode_plan: num_seqs=", p.num_seqs, " num_layers=", p.spans.num_layers,
                      " num_kv_heads=", p.spans.num_kv_heads,

@@ -64,8 +64,9 @@ struct DecodePlanParams {
 
 // INVALID_ARGUMENT for a null pointer or a bad shape.
 absl::Status ValidateDecodePlan(const DecodePlanParams& params);
-// Reads states and page tables as they are when the step's tokens have entered. Pieces
-// beyond max_pieces are dropped (their rows are then not written).
+// Reads states and page tables as they are when the step's tokens have entered. REQUIRES:
+// no layer has more than max_pieces pieces (MaxDecodePieces() of what its spans may hold);
+// with fewer the attention would write past the partials.
 absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle stream);
 
 }  // namespace winnow::kernels

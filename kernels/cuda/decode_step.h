@@ -16,7 +16,9 @@ struct DevicePagePool {
   int32_t* free_pages = nullptr;  // [capacity]: the first *num_free are free
   int32_t* num_free = nullptr;
   // Set to 1, and never back, when a page was needed and none was left or a span's table
-  // was full. The step's results are then worthless, but nothing outside was written.
+  // was full. That step wrote nothing outside, but its results are worthless and *num_free
+  // and the tables no longer say who owns what: neither op may run on them again before
+  // pool and spans are set up anew.
   int32_t* exhausted = nullptr;
 };
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
@@ -9,6 +11,7 @@
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 #include "kernels/cuda/dms_prefill_sm90.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace winnow::kernels {
@@ -130,8 +133,6 @@ absl::Status Invalid(const char* field, int64_t value) {
   return absl::InvalidArgumentError(absl::StrCat("dms_prefill: ", field, "=", value));
 }
 
-bool Aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace
 
 size_t DmsPrefillScratchBytes(const DmsPrefillBatch& batch) {
@@ -148,7 +149,7 @@ absl::Status ValidateDmsPrefillBatch(const DmsPrefillBatch& b) {
         absl::StrCat("dms_prefill: head_dim=", b.head_dim, " is not 64 or 128"));
   }
   if (b.batch < 0 || b.batch > 65535) return Invalid("batch", b.batch);
-  if (b.num_kv_heads < 1) return Invalid("num_kv_heads", b.num_kv_heads);
+  if (b.num_kv_heads < 1 || b.num_kv_heads > 1024) return Invalid("num_kv_heads", b.num_kv_heads);
   if (b.group < 1 || b.group > 64) return Invalid("group", b.group);
   if (b.window < 1) return Invalid("window", b.window);
   if (b.shift != 0 && b.shift != 1) return Invalid("shift", b.shift);
@@ -156,6 +157,12 @@ absl::Status ValidateDmsPrefillBatch(const DmsPrefillBatch& b) {
   if (b.num_rows < 0 || b.num_rows > kMost) return Invalid("num_rows", b.num_rows);
   if (b.band_rows < b.num_rows || b.band_rows > kMost) return Invalid("band_rows", b.band_rows);
   if (b.compact_rows < 8 || b.compact_rows > kMost) return Invalid("compact_rows", b.compact_rows);
+  // Rows and tiles of all heads are counted in 32 bits.
+  if (int64_t{b.band_rows} * b.num_kv_heads * b.group > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dms_prefill: band_rows=", b.band_rows, " of num_kv_heads=", b.num_kv_heads,
+                     " and group=", b.group, " are too many for one launch"));
+  }
   if (b.max_band < 0 || b.max_band > b.band_rows) return Invalid("max_band", b.max_band);
   if (b.sequences == nullptr || b.scratch == nullptr || !Aligned(b.scratch, 256)) {
     return absl::InvalidArgumentError("dms_prefill: sequences or scratch is null or misaligned");
@@ -176,6 +183,9 @@ absl::Status ValidateDmsPrefillCompact(const DmsPrefillCompactParams& p) {
   if (p.kv_stride < row || p.kv_stride % 2 != 0) return Invalid("kv_stride", p.kv_stride);
   if (p.k == nullptr || p.v == nullptr || !Aligned(p.k, 4) || !Aligned(p.v, 4)) {
     return absl::InvalidArgumentError("dms_prefill: k or v is null or misaligned");
+  }
+  if (static_cast<size_t>(p.format) >= std::size(kKvFormats)) {
+    return Invalid("format", static_cast<int>(p.format));
   }
   if (!Aligned(p.rows, 4)) return absl::InvalidArgumentError("dms_prefill: rows is misaligned");
   return absl::OkStatus();

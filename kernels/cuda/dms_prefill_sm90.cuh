@@ -36,7 +36,6 @@ struct PrefillShape {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr bool kPingPong = true;
   static constexpr uint32_t kQueryBytes = kRows * kDim * 2;
   static constexpr uint32_t kBoxBytes = kBoxKeys * kDim * 2;
 };
@@ -361,15 +360,11 @@ __device__ __forceinline__ void Consume(const PrefillKernelArgs& args, PrefillSh
   const bool arrives = lane == 0;  // for its warp
   const int row0 = 64 * warpgroup + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
   // Warpgroups take turns at issuing, so that one's softmax meets the others' products.
-  const auto take_turn = [&] {
-    if constexpr (Shape::kPingPong) ptx::NamedSync(1 + warpgroup, kConsumerThreads);
-  };
+  const auto take_turn = [&] { ptx::NamedSync(1 + warpgroup, kConsumerThreads); };
   const auto pass_turn = [&] {
-    if constexpr (Shape::kPingPong) {
 #pragma unroll
-      for (int i = 1; i < Shape::kConsumers; ++i) {
-        ptx::NamedArrive(1 + (warpgroup + i) % Shape::kConsumers, kConsumerThreads);
-      }
+    for (int i = 1; i < Shape::kConsumers; ++i) {
+      ptx::NamedArrive(1 + (warpgroup + i) % Shape::kConsumers, kConsumerThreads);
     }
   };
   Ring<Shape::kStages> k, v;
@@ -378,10 +373,8 @@ __device__ __forceinline__ void Consume(const PrefillKernelArgs& args, PrefillSh
   const uint8_t* q = shared.q + warpgroup * 64 * 128;
   float s[64], o[Shape::kDim / 2];
   uint32_t p[32];
-  if constexpr (Shape::kPingPong) {
-    // The first turn is warpgroup 0's; with three, 1 then lacks 2's pass and 2 both.
-    for (int i = 0; i < warpgroup; ++i) ptx::NamedArrive(1 + i, kConsumerThreads);
-  }
+  // The first turn is warpgroup 0's; with three, 1 then lacks 2's pass and 2 both.
+  for (int i = 0; i < warpgroup; ++i) ptx::NamedArrive(1 + i, kConsumerThreads);
   while (true) {
     ptx::BarrierWait(&shared.work_full[work.stage], work.parity);
     const TileWork& w = shared.work[work.stage];  // read as needed: registers are scarce

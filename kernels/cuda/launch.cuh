@@ -2,11 +2,18 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "absl/status/status.h"
 #include "common/cuda/cuda_status.h"
 #include "common/cuda/stream_handle.h"
 
 namespace winnow::kernels {
+
+// Also of a null pointer.
+inline bool Aligned(const void* p, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 // Enqueues a kernel whose blocks may be placed while the kernel before it in the stream
 // runs out, which hides the launch. REQUIRES: each of its threads that touches memory

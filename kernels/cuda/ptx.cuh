@@ -90,10 +90,6 @@ __device__ __forceinline__ void NamedArrive(int id, int threads) {
 
 // --- the copy engine ---
 
-__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Copies the map's box at the coordinates (fastest first) into shared memory;
 // the bytes complete on `barrier`. Coordinates outside the tensor give zeros.
 __device__ __forceinline__ void LoadBox3(void* to, const CUtensorMap* map, uint64_t* barrier,

@@ -276,6 +276,46 @@ TEST_P(CompactDecodeGpu, BitsDoNotDependOnRunsOrBatchMates) {
   }
 }
 
+TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
+  alignas(64) static uint8_t memory[128];
+  auto* ints = reinterpret_cast<int32_t*>(memory);
+  auto* floats = reinterpret_cast<float*>(memory);
+  CompactDecodeAttentionCudaParams good;
+  good.spans.head_dim = 64;
+  good.spans.num_layers = 1;
+  good.spans.num_kv_heads = 2;
+  good.spans.max_sequences = 1;
+  good.spans.window = 4;
+  good.spans.pages = good.spans.newest = memory;
+  good.spans.survivor_pages = good.spans.ring_pages = ints;
+  good.plan = {.pieces = reinterpret_cast<DecodePiece*>(memory),
+               .num_pieces = ints,
+               .next_piece = ints,
+               .arrivals = ints,
+               .partial_out = floats,
+               .partial_norm = floats,
+               .max_pieces = 8};
+  good.q = good.out_f32 = floats;
+  good.num_seqs = 1;
+  good.num_heads = 6;
+  ASSERT_TRUE(ValidateCompactDecodeAttention(good).ok()) << ValidateCompactDecodeAttention(good);
+  const auto code = [&](auto change) {
+    CompactDecodeAttentionCudaParams p = good;
+    change(p);
+    return ValidateCompactDecodeAttention(p).code();
+  };
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  EXPECT_EQ(code([](auto& p) { p.spans.head_dim = 96; }), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(code([](auto& p) { p.num_heads = 18; }), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(code([](auto& p) { p.num_heads = 5; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.layer = 1; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.spans.window = -1; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.plan.max_pieces = 0; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.q = p.q + 1; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.out_f32 = p.out_f32 + 2; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.plan.arrivals = nullptr; }), invalid);
+}
+
 std::vector<SpanLength> EdgeLengths(int slots, int window) {
   return {{0, 0},         {0, 1},          {0, window - 1},     {0, window},
           {1, window},    {slots, window}, {slots + 1, window}, {2 * slots - 1, window},

@@ -5,14 +5,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/dms_prefill_attention.h"
+#include "tests/kernels/device_memory.h"
 
 namespace winnow::kernels {
 namespace {
@@ -291,12 +292,7 @@ DeviceResult RunOnDevice(const PrefillCase& c, const std::vector<Sequence>& sequ
 
 class DmsPrefillGpu : public testing::TestWithParam<PrefillCase> {
  protected:
-  void SetUp() override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0) return;
-    if (std::getenv("WINNOW_REQUIRE_GPU") != nullptr) FAIL() << "no CUDA device";
-    GTEST_SKIP() << "no CUDA device";
-  }
+  void SetUp() override { RequireGpu(); }
 };
 
 float Largest(const std::vector<Bf16>& x) {
@@ -402,12 +398,22 @@ TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](auto& b) { b.group = 0; }), invalid);
   EXPECT_EQ(code([](auto& b) { b.band_rows = 4; }), invalid);
   EXPECT_EQ(code([](auto& b) { b.max_band = 7; }), invalid);
+  EXPECT_EQ(code([](auto& b) { b.num_kv_heads = 1025; }), invalid);
+  EXPECT_EQ(code([](auto& b) {
+              b.num_kv_heads = 128;
+              b.group = 64;
+              b.band_rows = 1 << 18;
+            }),
+            invalid);
   EXPECT_EQ(code([](auto& b) { b.compact_k = nullptr; }), invalid);
   EXPECT_EQ(code([](auto& b) { b.band_v = b.band_v + 1; }), invalid);
 
   DmsPrefillCompactParams compact{.batch = good, .k = values, .v = values, .kv_stride = 128};
   EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
   compact.kv_stride = 127;
+  EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
+  compact.kv_stride = 128;
+  compact.format = static_cast<KvFormatId>(std::size(kKvFormats));
   EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
   DmsPrefillCudaParams attention{
       .batch = good, .q = values, .q_stride = 384, .out = values, .scale = 0.125f};

@@ -2,10 +2,10 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <vector>
 
 #include "kernels/prefill_primitives.h"
+#include "tests/kernels/device_memory.h"
 #include "tests/kernels/left_pad_2d_case.h"
 
 namespace winnow::kernels {
@@ -29,12 +29,7 @@ class DeviceBytes {
 
 class LeftPad2dGpu : public testing::TestWithParam<LeftPad2dCase> {
  protected:
-  void SetUp() override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0) return;
-    if (std::getenv("WINNOW_REQUIRE_GPU") != nullptr) FAIL() << "no CUDA device";
-    GTEST_SKIP() << "no CUDA device";
-  }
+  void SetUp() override { RequireGpu(); }
 
   static std::vector<uint8_t> Run(const LeftPad2dCase& c, const LeftPad2dInputs& x,
                                   size_t misalign) {

@@ -2,21 +2,27 @@
 """Times what the sparse prefill is measured against, on the same shapes: JSON lines.
 
 One layer, batch 1, 32 query and 8 KV heads, BF16, random data; medians of runs that find the L2
-cache flushed. Needs torch and triton. Every peer is re-expressed here from its published algorithm:
+cache flushed. Needs torch and triton. Every peer is re-expressed here from its published algorithm,
+and its output is compared with attention under a dense mask before its time is printed:
 
   cudnn      torch SDPA, dense causal, cuDNN forced
   proto      prefix and band in Triton, attention alone (its compaction is not timed)
   mo         NVIDIA Model-Optimizer: 4096-token chunks; flex_attention over the last window + 1
              tokens and the chunk, flash attention over the survivors, merged by log-sum-exp
-  triton     one pass over all keys with the mask applied to scores, in Triton
+             (attention alone: neither the masks nor the dropping of evicted keys is timed)
+  triton     one pass over all keys with the mask applied to scores, in Triton, as
+             westers/kvcompress has it: a program a query head and tile of queries, natural
+             exponentials, guards against rows that see nothing; `lean_us` is without the last two
   hub        SDPA over chunks of 512 queries with a dense mask
 
   bench/peers/prefill_peers.py [--peers cudnn,proto] [--lengths 8k,32k,128k] [--dims 128,64]
+      [--sweep]
 """
 import argparse
 import json
 import math
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +32,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 QUERY_HEADS, KV_HEADS = 32, 8
 GROUP = QUERY_HEADS // KV_HEADS
+WINDOW = 256
 LENGTHS = {"8k": 8192, "32k": 32768, "128k": 131072}
+# Rows, keys, warps, stages of a Triton program, and options of flex_attention. The first of a kind
+# were best on an H200; --sweep tries them all.
+TILES = {128: ((64, 64, 4, 3), (256, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3),
+               (128, 128, 8, 3)),
+         64: ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (256, 64, 8, 3),
+              (128, 128, 8, 3))}
+TILES_TRIED = 2
+FLEX_OPTIONS = ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, None)
 FLUSH = None
 
 
-def timed(work, runs):
-    """Median microseconds."""
+def timed(work, runs, graph=False):
+    """Median microseconds. `graph`: of a CUDA graph, for work of many launches."""
     global FLUSH
     if FLUSH is None:
         FLUSH = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    if graph:
+        work()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            work()
+        work = captured.replay
     times = []
     for turn in range(-2, runs):
         FLUSH.zero_()
@@ -58,8 +80,35 @@ def inputs(dim, tokens):
     return make(QUERY_HEADS), make(KV_HEADS), make(KV_HEADS)
 
 
+def random_keep(tokens):
+    return torch.rand(KV_HEADS, tokens, device="cuda") < 1 / 8
+
+
 def runs_for(tokens):
     return {8192: 15, 32768: 9}.get(tokens, 3)
+
+
+def checked(q, k, v, keep, out):
+    """The largest error of `out` in units of its row's sum of p |v|; raises where it is too large.
+
+    A peer rounds p and the output to BF16, and mo rounds two partial outputs before it merges them:
+    2^-9 each of that unit; the rest is FP32, whose share is small. A wrong key shows as 2^-3.
+    """
+    tokens, worst = q.shape[2], 0.0
+    j = torch.arange(tokens, device="cuda")[None, :]
+    for head in (0, KV_HEADS - 1):
+        keys, values = k[0, head].float(), v[0, head].float()
+        for first in (0, tokens // 2 - 256, tokens - 512):
+            i = torch.arange(first, first + 512, device="cuda")[:, None]
+            seen = (j <= i) & ((i - j <= WINDOW) | keep[head][None, :])
+            rows = (0, slice(head * GROUP, (head + 1) * GROUP), slice(first, first + 512))
+            p = (q[rows].float() @ keys.T * q.shape[-1]**-0.5).masked_fill(~seen, -math.inf)
+            p = p.softmax(-1)
+            error = (p @ values - out[rows].float()).abs() / (p @ values.abs())
+            worst = max(worst, error.nan_to_num(math.inf).max().item())
+    if worst > 4 * 2**-9:
+        raise ValueError(f"wrong output: error {worst}")
+    return round(worst, 6)
 
 
 def measure_ceilings():
@@ -73,42 +122,55 @@ def measure_ceilings():
           flush=True)
 
 
-def cudnn(dim, name, tokens):
+def cudnn(dim, name, tokens, _):
     q, k, v = inputs(dim, tokens)
+    work = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        us = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-                   runs_for(tokens))
+        error = checked(q, k, v, torch.ones(KV_HEADS, tokens, device="cuda", dtype=torch.bool),
+                        work())
+        us = timed(work, runs_for(tokens))
     tail = f"d{dim}/{name}"
-    for case in ("prefill", "prefill_keep35"):
-        emit(f"{case}/{tail}", f"{case}/{tail}", "cuDNN SDPA, dense causal", us)
-    if dim == 128 and tokens == 32768:
-        emit(f"prefill_w512/{tail}", f"prefill_w512/{tail}", "cuDNN SDPA, dense causal", us)
-    if dim == 128 and tokens <= 32768:
-        emit(f"prefill_dense/{tail}", f"prefill_dense/{tail}", "cuDNN SDPA, dense causal", us)
+    cases = ["prefill", "prefill_keep35"]
+    if dim == 128:
+        cases += ["prefill_w512"] * (tokens == 32768) + ["prefill_dense"] * (tokens <= 32768)
+    for case in cases:
+        emit(f"{case}/{tail}", f"{case}/{tail}", "cuDNN SDPA, dense causal", us, peer_error=error)
 
 
 @triton.jit
-def attend(q, keys, values, pos, first, last, prefix, keep, top, total, acc, scale,
-           WINDOW: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Online softmax over keys [first, last); with MASK the window and keep bits decide."""
+def attend(q, keys, values, pos, first, last, keep, top, total, acc, scale, WINDOW: tl.constexpr,
+           MASK: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Online softmax over keys [first, last). MASK 2: the window and keep bits decide; 3: so they
+    do in the form that triton has; 1: all keys are seen; 0: the same, and whole blocks of them."""
     column, dims = tl.arange(0, BLOCK), tl.arange(0, DIM)
     for start in range(first, last, BLOCK):
         j = start + column
         inside = j < last
-        k = tl.load(keys + j[None, :] * DIM + dims[:, None], mask=inside[None, :], other=0.0)
+        if MASK == 0:
+            k = tl.load(keys + j[None, :] * DIM + dims[:, None])
+        else:
+            k = tl.load(keys + j[None, :] * DIM + dims[:, None], mask=inside[None, :], other=0.0)
         x = tl.dot(q, k) * scale
-        if MASK:
+        if MASK >= 2:
             kept = tl.load(keep + j, mask=inside, other=0)
             near = pos[:, None] - j[None, :] <= WINDOW
             seen = (j[None, :] <= pos[:, None]) & (near | (kept[None, :] != 0))
-            x = tl.where(seen, x, -1e30)
-        else:
+            x = tl.where(seen, x, float("-inf") if MASK == 3 else -1e30)
+        elif MASK == 1:
             x = tl.where(inside[None, :], x, -1e30)
         new_top = tl.maximum(top, tl.max(x, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(x - new_top[:, None])
+        if MASK == 3:
+            shrink = tl.where(top > float("-inf"), tl.exp(top - new_top), 0.0)
+            p = tl.where(new_top[:, None] > float("-inf"), tl.exp(x - new_top[:, None]), 0.0)
+            p = tl.where(seen, p, 0.0)
+        else:
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(x - new_top[:, None])
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(values + j[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
+        if MASK == 0:
+            v = tl.load(values + j[:, None] * DIM + dims[None, :])
+        else:
+            v = tl.load(values + j[:, None] * DIM + dims[None, :], mask=inside[:, None], other=0.0)
         acc = tl.dot(p.to(tl.bfloat16), v, acc * shrink[:, None])
         top = new_top
     return top, total, acc
@@ -117,160 +179,179 @@ def attend(q, keys, values, pos, first, last, prefix, keep, top, total, acc, sca
 @triton.jit
 def sparse_kernel(Q, K, V, CompactK, CompactV, Keep, Counts, Out, tokens, capacity, scale,
                   WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                  DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, PREFIX: tl.constexpr):
-    """PREFIX: survivors from the compact tensors, then the band; else all keys, masked."""
-    POSITIONS: tl.constexpr = ROWS // GROUP_SIZE
+                  DIM: tl.constexpr, PACK: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                  PREFIX: tl.constexpr, MASK: tl.constexpr):
+    """PACK query heads of a KV head share a program. PREFIX: survivors from the compact tensors,
+    then the band; else all keys, masked. MASK: 2 or 3, see attend."""
+    POSITIONS: tl.constexpr = ROWS // PACK
     tiles = tl.num_programs(0)
-    tile, head = tiles - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, first_head = tiles - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64) * PACK
+    head = first_head // GROUP_SIZE
     row, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
     first = tile * POSITIONS
-    pos = first + row // GROUP_SIZE
-    at = ((head * GROUP_SIZE + row % GROUP_SIZE) * tokens + pos)[:, None] * DIM + dims[None, :]
+    pos = first + row // PACK
+    at = ((first_head + row % PACK) * tokens + pos)[:, None] * DIM + dims[None, :]
     q = tl.load(Q + at)
-    top = tl.full([ROWS], -1e30, tl.float32)
+    top = tl.full([ROWS], float("-inf") if MASK == 3 else -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     dense = 0
     if PREFIX:
         count = tl.load(Counts + head * tiles + tile)
-        compact = head * capacity * DIM
+        keys, values = CompactK + head * capacity * DIM, CompactV + head * capacity * DIM
         whole = count // BLOCK * BLOCK
-        top, total, acc = attend(q, CompactK + compact, CompactV + compact, pos, 0, whole, 0, Keep,
-                                 top, total, acc, scale, WINDOW, False, BLOCK, DIM)
-        top, total, acc = attend(q, CompactK + compact, CompactV + compact, pos, whole, count, 0,
-                                 Keep, top, total, acc, scale, WINDOW, False, BLOCK, DIM)
+        top, total, acc = attend(q, keys, values, pos, 0, whole, Keep, top, total, acc, scale,
+                                 WINDOW, 0, BLOCK, DIM)
+        top, total, acc = attend(q, keys, values, pos, whole, count, Keep, top, total, acc, scale,
+                                 WINDOW, 1, BLOCK, DIM)
         dense = tl.maximum(0, first - WINDOW)
     top, total, acc = attend(q, K + head * tokens * DIM, V + head * tokens * DIM, pos, dense,
-                             first + POSITIONS, 0, Keep + head * tokens, top, total, acc, scale,
-                             WINDOW, True, BLOCK, DIM)
+                             first + POSITIONS, Keep + head * tokens, top, total, acc, scale,
+                             WINDOW, MASK, BLOCK, DIM)
     tl.store(Out + at, (acc / total[:, None]).to(tl.bfloat16))
 
 
-def best_sparse(q, k, v, keep, window, prefix):
-    """Best microseconds over tile shapes; the layout of survivors is not timed."""
-    dim, tokens = q.shape[-1], q.shape[2]
-    capacity = int(keep.sum(-1).max()) + 256
-    compact_k = torch.zeros(KV_HEADS, capacity, dim, device="cuda", dtype=torch.bfloat16)
-    compact_v = torch.zeros_like(compact_k)
+def compacted(x, keep):
+    """The survivors of each KV head in order, [heads, most of a head, dim], zeros behind."""
+    most = (int(keep.sum(-1).max()) + 127) // 128 * 128
+    out = torch.zeros(KV_HEADS, most, x.shape[-1], device="cuda", dtype=x.dtype)
     for head in range(KV_HEADS):
         kept = keep[head].nonzero()[:, 0]
-        compact_k[head, :len(kept)], compact_v[head, :len(kept)] = k[0, head, kept], v[0, head, kept]
+        out[head, :len(kept)] = x[0, head, kept]
+    return out
+
+
+def best_sparse(q, k, v, keep, prefix, mask, tiles):
+    """Of the best tile: microseconds, the tile, the output's error. `prefix`: a group's heads
+    packed, prefix and band, the survivors' layout not timed; else one masked pass over all keys."""
+    dim, tokens = q.shape[-1], q.shape[2]
+    compact_k, compact_v = compacted(k, keep), compacted(v, keep)
     before = F.pad(keep.int().cumsum(-1), (1, 0))
     bits, out = keep.to(torch.int8).contiguous(), torch.empty_like(q)
-    scale, best = dim**-0.5 / math.log(2), None
-    for rows, block, warps, stages in ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2),
-                                       (128, 128, 8, 3), (64, 64, 4, 3), (256, 64, 8, 3)):
-        positions = rows // GROUP
-        tiles = tokens // positions
-        starts = (torch.arange(tiles, device="cuda") * positions - window).clamp(min=0)
+    pack = GROUP if prefix else 1
+    scale, best = dim**-0.5 / (1 if mask == 3 else math.log(2)), (math.inf, None, None)
+    for rows, block, warps, stages in tiles:
+        positions = rows // pack
+        count = tokens // positions
+        starts = (torch.arange(count, device="cuda") * positions - WINDOW).clamp(min=0)
         counts = before[:, starts].contiguous().int()
 
         def work():
-            sparse_kernel[(tiles, KV_HEADS)](
-                q, k, v, compact_k, compact_v, bits, counts, out, tokens, capacity, scale,
-                WINDOW=window, ROWS=rows, BLOCK=block, DIM=dim, GROUP_SIZE=GROUP, PREFIX=prefix,
-                num_warps=warps, num_stages=stages)
+            sparse_kernel[(count, QUERY_HEADS // pack)](
+                q, k, v, compact_k, compact_v, bits, counts, out, tokens, compact_k.shape[1], scale,
+                WINDOW=WINDOW, ROWS=rows, BLOCK=block, DIM=dim, PACK=pack, GROUP_SIZE=GROUP,
+                PREFIX=prefix, MASK=mask, num_warps=warps, num_stages=stages)
         try:
+            out.fill_(math.nan)
             work()
             us = timed(work, 3 if tokens > 100000 else 7)
-        except Exception:  # a shape that the card has no room for
+        except triton.runtime.errors.OutOfResources:
             continue
-        if best is None or us < best:
-            best = us
-    return best, out
+        error = checked(q, k, v, keep, out)
+        print(f"d{dim} {tokens} {'prefix' if prefix else 'one pass'}, mask {mask}, "
+              f"{rows, block, warps, stages}: {us:.1f} us", file=sys.stderr, flush=True)
+        best = min(best, (us, (rows, block, warps, stages), error))
+    return best
 
 
-def check_sparse(q, k, v, keep, window, out):
-    """Largest error of KV head 0's group over the last 512 queries against a dense mask."""
-    tokens, last = q.shape[2], 512
-    i = torch.arange(tokens - last, tokens, device="cuda")[:, None]
-    j = torch.arange(tokens, device="cuda")[None, :]
-    mask = (j <= i) & ((i - j <= window) | keep[0][None, :])
-    want = F.scaled_dot_product_attention(
-        q[:, :GROUP, -last:].float(), k[:, :1].float().expand(-1, GROUP, -1, -1),
-        v[:, :1].float().expand(-1, GROUP, -1, -1), attn_mask=mask)
-    return (want - out[:, :GROUP, -last:].float()).abs().max().item()
+def tiles_of(dim, sweep):
+    return TILES[dim] if sweep else TILES[dim][:TILES_TRIED]
 
 
-def proto(dim, name, tokens):
+def proto(dim, name, tokens, sweep):
     q, k, v = inputs(dim, tokens)
-    keep = torch.rand(KV_HEADS, tokens, device="cuda") < 1 / 8
-    us, out = best_sparse(q, k, v, keep, 256, prefix=True)
+    us, tile, error = best_sparse(q, k, v, random_keep(tokens), True, 2, tiles_of(dim, sweep))
     emit(f"prefill_proto/d{dim}/{name}", f"prefill/d{dim}/{name}", "Triton prefix + band", us,
-         peer_error=check_sparse(q, k, v, keep, 256, out))
+         peer_error=error, tile=tile)
 
 
-def one_pass(dim, name, tokens):
+def one_pass(dim, name, tokens, sweep):
     if tokens != 32768:
         return
     q, k, v = inputs(dim, tokens)
-    keep = torch.rand(KV_HEADS, tokens, device="cuda") < 1 / 8
-    us, _ = best_sparse(q, k, v, keep, 256, prefix=False)
-    emit(f"prefill_triton/d{dim}/{name}", f"prefill/d{dim}/{name}", "Triton, one masked pass", us)
+    keep = random_keep(tokens)
+    us, tile, error = best_sparse(q, k, v, keep, False, 3, tiles_of(dim, sweep))
+    lean_us = best_sparse(q, k, v, keep, False, 2, tiles_of(dim, sweep))[0]
+    emit(f"prefill_triton/d{dim}/{name}", f"prefill/d{dim}/{name}", "Triton, one masked pass", us,
+         peer_error=error, tile=tile, lean_us=round(lean_us, 2))
 
 
-def hub(dim, name, tokens):
+def hub(dim, name, tokens, _):
     if dim != 128 or tokens != 8192:
         return
     q, k, v = inputs(dim, tokens)
-    keep = torch.rand(KV_HEADS, tokens, device="cuda") < 1 / 8
+    keep = random_keep(tokens)
     j = torch.arange(tokens, device="cuda")
+    out = torch.full_like(q, math.nan)
 
     def work():
         for first in range(0, tokens, 512):
             last = first + 512
             i = j[first:last, None]
-            mask = (j[None, :last] <= i) & ((i - j[None, :last] <= 256) | keep[:, None, :last])
-            F.scaled_dot_product_attention(
+            mask = (j[None, :last] <= i) & ((i - j[None, :last] <= WINDOW) | keep[:, None, :last])
+            out[:, :, first:last] = F.scaled_dot_product_attention(
                 q[:, :, first:last], k[:, :, :last].repeat_interleave(GROUP, 1),
                 v[:, :, :last].repeat_interleave(GROUP, 1),
                 attn_mask=mask.repeat_interleave(GROUP, 0)[None])
-    emit(f"prefill_hub/d{dim}/{name}", f"prefill/d{dim}/{name}", "chunked SDPA, dense masks",
-         timed(work, 5))
+    us = timed(work, 5, graph=True)
+    emit(f"prefill_hub/d{dim}/{name}", f"prefill/d{dim}/{name}", "chunked SDPA, dense masks", us,
+         peer_error=checked(q, k, v, keep, out))
 
 
-def model_optimizer(dim, name, tokens):
+def even_keep(borders):
+    """Random bits of which each KV head has an eighth between any two borders."""
+    parts = []
+    for first, last in zip(borders, borders[1:]):
+        order = torch.rand(KV_HEADS, last - first, device="cuda").argsort(-1)
+        parts.append(order < (last - first) // 8)
+    return torch.cat(parts, 1)
+
+
+def model_optimizer(dim, name, tokens, sweep):
     if dim != 128:  # flex_attention at 64 is slower than at 128 for reasons of its own
         return
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    flex = torch.compile(flex_attention, dynamic=False)
-    window, chunk = 256, 4096
+    flex, chunk = torch.compile(flex_attention, dynamic=False), 4096
 
     @torch.compile(dynamic=False)
-    def merge(a, log_a, b, log_b):
+    def merge(a, log_a, b, log_b, out):
         top = torch.maximum(log_a, log_b)
         wa, wb = (log_a - top).exp(), (log_b - top).exp()
-        return ((a * wa[..., None] + b * wb[..., None]) / (wa + wb)[..., None]).to(torch.bfloat16)
+        out.copy_((a * wa[..., None] + b * wb[..., None]) / (wa + wb)[..., None])
+
+    def mask_of(back, bits):
+        return lambda _, head, i, j: ((i + back >= j)
+                                      & ((i + back - j <= WINDOW) | bits[head // GROUP, j]))
 
     q, k, v = inputs(dim, tokens)
-    keep = torch.rand(KV_HEADS, tokens, device="cuda") < 1 / 8
-    total, flex_us, weight = 0.0, {}, 1
-    for n in range(tokens // chunk):
-        if tokens > 32768 and n > 1 and n % 4:  # every fourth of a long run, four times
-            continue
-        weight = 4 if tokens > 32768 and n > 1 else 1
-        back = 0 if n == 0 else window + 1
-        first = n * chunk - back
-        queries = q[:, :, n * chunk:(n + 1) * chunk].contiguous()
-        keys, values = (x[:, :, first:(n + 1) * chunk].contiguous() for x in (k, v))
-        if back not in flex_us:
-            bits = keep[:, first:(n + 1) * chunk].contiguous()
+    starts = [max(0, n * chunk - WINDOW - 1) for n in range(tokens // chunk)]
+    keep = even_keep(starts + [tokens])
+    compact_k, compact_v = compacted(k, keep)[None], compacted(v, keep)[None]
+    parts = []
+    for n, first in enumerate(starts):
+        here, near = slice(n * chunk, (n + 1) * chunk), slice(first, (n + 1) * chunk)
+        back, old = n * chunk - first, int(keep[0, :first].sum())
+        blocks = create_block_mask(mask_of(back, keep[:, near].contiguous()), 1, QUERY_HEADS, chunk,
+                                   chunk + back, device="cuda")
+        parts.append((here, q[:, :, here].contiguous(), k[:, :, near].contiguous(),
+                      v[:, :, near].contiguous(), blocks, compact_k[:, :, :old],
+                      compact_v[:, :, :old]))
+    out = torch.full_like(q, math.nan)
 
-            def mask(_, head, i, j):
-                return (i + back >= j) & ((i + back - j <= window) | bits[head // GROUP, j])
-            blocks = create_block_mask(mask, 1, QUERY_HEADS, chunk, chunk + back, device="cuda")
-            flex_us[back] = timed(lambda: flex(queries, keys, values, block_mask=blocks,
-                                               enable_gqa=True, return_lse=True), 5)
-        us, survivors = flex_us[back], max(0, first) // 8
-        if survivors:
-            old = torch.randn(1, QUERY_HEADS, survivors, dim, device="cuda", dtype=torch.bfloat16)
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            us += timed(lambda: flash(queries, old, old, 0.0, False), 5)
-            lse = torch.randn(1, QUERY_HEADS, chunk, device="cuda")
-            us += timed(lambda: merge(queries, lse, queries, lse), 5)
-        total += us * weight
+    def work(options):
+        for here, queries, keys, values, blocks, old_keys, old_values in parts:
+            local, log_local = flex(queries, keys, values, block_mask=blocks, enable_gqa=True,
+                                    return_lse=True, kernel_options=options)
+            if old_keys.shape[2] == 0:
+                out[:, :, here] = local
+                continue
+            old, log_old = torch.ops.aten._scaled_dot_product_flash_attention(
+                queries, old_keys, old_values, 0.0, False)[:2]
+            merge(local, log_local, old, log_old, out[:, :, here])
+    us = min(timed(lambda: work(options), runs_for(tokens), graph=True)
+             for options in (FLEX_OPTIONS if sweep else FLEX_OPTIONS[:1]))
     emit(f"prefill_mo/d{dim}/{name}", f"prefill/d{dim}/{name}",
-         "Model-Optimizer's way: flex + flash chunks", total)
+         "Model-Optimizer's way: flex + flash chunks", us, peer_error=checked(q, k, v, keep, out))
 
 
 PEERS = {"cudnn": cudnn, "proto": proto, "mo": model_optimizer, "triton": one_pass, "hub": hub}
@@ -281,6 +362,7 @@ def main():
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--lengths", default=",".join(LENGTHS))
     parser.add_argument("--dims", default="128,64")
+    parser.add_argument("--sweep", action="store_true", help="try every tile of the Triton kernels")
     args = parser.parse_args()
     torch.manual_seed(0)
     measure_ceilings()
@@ -288,9 +370,9 @@ def main():
         for dim in map(int, args.dims.split(",")):
             for name in args.lengths.split(","):
                 try:
-                    PEERS[peer](dim, name, LENGTHS[name])
+                    PEERS[peer](dim, name, LENGTHS[name], args.sweep)
                 except Exception as error:  # the other peers' rows are worth having
-                    print(json.dumps({"peer_error": f"{peer} d{dim} {name}: {error}"[:300]}),
+                    print(json.dumps({"failed": f"{peer} d{dim} {name}: {error}"[:300]}),
                           flush=True)
                 torch.cuda.empty_cache()
 

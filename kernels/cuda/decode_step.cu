@@ -50,15 +50,28 @@ __device__ int BlockExclusiveSum(int x, int (&warp_sums)[kWarps], int* total) {
   return before + sum - x;
 }
 
-// Grid: a thread a span. A block's pages are counted, summed and taken by one atomic.
+// Takes up to `wanted` pages off the end of the free list; *first is the index of the first of
+// those it got. What is not there is not taken, so the count is never below 0.
+__device__ int TakePages(int32_t* num_free, int wanted, int* first) {
+  int free = *static_cast<volatile int32_t*>(num_free);
+  while (true) {
+    const int taken = min(wanted, max(free, 0));
+    *first = free - taken;
+    if (taken == 0) return 0;
+    const int seen = atomicCAS(num_free, free, free - taken);
+    if (seen == free) return taken;
+    free = seen;
+  }
+}
+
+// Grid: a thread a span. A block's pages are counted, summed and taken at once.
 __global__ void __launch_bounds__(kThreads)
     DecodeStepKernel(const DecodeStepParams p, const Shape shape) {
-  __shared__ int warp_sums[kWarps], first;
+  __shared__ int warp_sums[kWarps], first, taken;
   const int64_t row = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t span = SpanOf(p, shape, row);
   SpanState state;
-  int32_t* ring_at = nullptr;
-  int32_t* survivor_at = nullptr;
+  int32_t* page_at = nullptr;  // where the id of a new page belongs
   bool full_table = false;
   if (span >= 0) {
     state = p.spans.state[span];
@@ -69,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
         survives = true;
       } else if (state.num_ring < window) {
         if (state.num_ring % shape.slots == 0) {
-          ring_at = p.spans.ring_pages + span * shape.ring_pages + state.num_ring / shape.slots;
+          page_at = p.spans.ring_pages + span * shape.ring_pages + state.num_ring / shape.slots;
         }
         ++state.num_ring;
       } else {
@@ -82,32 +95,24 @@ __global__ void __launch_bounds__(kThreads)
       if (state.num_survivors % shape.slots == 0) {
         full_table = page >= p.spans.max_survivor_pages;
         if (!full_table) {
-          survivor_at = p.spans.survivor_pages + span * p.spans.max_survivor_pages + page;
+          page_at = p.spans.survivor_pages + span * p.spans.max_survivor_pages + page;
         }
       }
-      if (!full_table) ++state.num_survivors;
+      ++state.num_survivors;
     }
     ++state.num_tokens;
-    p.spans.state[span] = state;
   }
   int total;
-  const int need = (ring_at != nullptr ? 1 : 0) + (survivor_at != nullptr ? 1 : 0);
-  const int before = BlockExclusiveSum(need, warp_sums, &total);
-  if (total > 0) {
-    if (threadIdx.x == 0) first = atomicSub(p.pool.num_free, total) - total;
-    __syncthreads();
-    int at = first + before;
-    if (ring_at != nullptr) {
-      *ring_at = at >= 0 ? p.pool.free_pages[at] : -1;
-      full_table |= at < 0;
-      ++at;
-    }
-    if (survivor_at != nullptr) {
-      *survivor_at = at >= 0 ? p.pool.free_pages[at] : -1;
-      full_table |= at < 0;
-    }
+  const int before = BlockExclusiveSum(page_at != nullptr ? 1 : 0, warp_sums, &total);
+  if (threadIdx.x == 0 && total > 0) taken = TakePages(p.pool.num_free, total, &first);
+  __syncthreads();
+  if (span < 0) return;
+  if (full_table || (page_at != nullptr && before >= taken)) {
+    *p.pool.exhausted = 1;  // the span stays as it was
+    return;
   }
-  if (full_table) *p.pool.exhausted = 1;
+  if (page_at != nullptr) *page_at = p.pool.free_pages[first + before];
+  p.spans.state[span] = state;
 }
 
 // Grid: a thread a span, as above; then a warp writes the ids of its 32 spans.

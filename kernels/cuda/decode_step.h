@@ -14,11 +14,11 @@ namespace winnow::kernels {
 // Pages that no span holds; device memory.
 struct DevicePagePool {
   int32_t* free_pages = nullptr;  // [capacity]: the first *num_free are free
-  int32_t* num_free = nullptr;
-  // Set to 1, and never back, when a page was needed and none was left or a span's table
-  // was full. That step wrote nothing outside, but its results are worthless and *num_free
-  // and the tables no longer say who owns what: neither op may run on them again before
-  // pool and spans are set up anew.
+  int32_t* num_free = nullptr;    // never below 0
+  // Set to 1, and never back, when a page was needed and none was left or a span's table was
+  // full. Such a span did not advance: counters, tables and list still say who holds what, so
+  // the sequences can be released and later steps go on. Until then what the step computed
+  // for its sequences is worthless, as some of a sequence's spans may have advanced.
   int32_t* exhausted = nullptr;
 };
 
@@ -32,7 +32,7 @@ struct DecodeStepParams {
 // INVALID_ARGUMENT for a null pointer or a bad shape.
 absl::Status ValidateDecodeStep(const DecodeStepParams& params);
 // One token enters each span of each sequence: state is afterwards as AdvanceSpan() leaves
-// it. A span takes at most two pages (ring and survivors).
+// it. A span takes at most one page, for its ring or its survivors.
 absl::Status LaunchDecodeStep(const DecodeStepParams& params, StreamHandle stream);
 // Gives all pages of the sequences back and clears their states.
 absl::Status LaunchReleaseSequences(const DecodeStepParams& params, StreamHandle stream);

@@ -280,23 +280,110 @@ TEST_P(DecodePrepareGpu, HasTheCpusBitsTokenByToken) {
   for (const SpanState& s : spans.state->Get()) ASSERT_EQ(s.num_tokens, 0);
 }
 
-TEST(DecodeStepGpu, SaysWhenNoPageIsLeft) {
+// Steps past the end of the pool, release, steps again. All arrays are guarded; after each
+// launch the free list and the tables hold every page exactly once.
+class DecodeStepShortage : public testing::TestWithParam<uint32_t> {
+ protected:
+  void SetUp() override { RequireGpu(); }
+};
+
+TEST_P(DecodeStepShortage, LeavesListAndTablesWhole) {
+  constexpr int kLayers = 3, kSequences = 5, kHeads = 4, kSlots = 32, kMaxSurvivors = 128;
+  std::mt19937 rng(GetParam());
+  const int window = GetParam() % 3 == 0 ? 0 : 40;
+  const int num_pages = 60 + static_cast<int>(rng() % 150);
+  constexpr int kSpans = kLayers * kSequences * kHeads;
+  DeviceSpanCase spans({.head_dim = 64,
+                        .window = window,
+                        .num_layers = kLayers,
+                        .num_kv_heads = kHeads,
+                        .spare_pages = num_pages,
+                        .max_survivors = kMaxSurvivors,
+                        .seed = GetParam()},
+                       kSequences, std::vector<SpanLength>(kSpans));
+  spans.state->Set(std::vector<SpanState>(kSpans));
+  const size_t flags_a_span = static_cast<size_t>(window) + 1;
+  std::vector<uint8_t> flags(kSpans * flags_a_span);
+  for (uint8_t& f : flags) f = rng() % 4 == 0;
+  spans.ring_evict->Set(flags);
+  DeviceArray<int32_t> free_pages(spans.spare_pages()), num_free(std::vector<int32_t>{num_pages}),
+      exhausted(std::vector<int32_t>{0}), slots(std::vector<int32_t>{3, -1, 0, 4, 1});
+  DecodeStepParams params{.spans = spans.device(),
+                          .pool = {free_pages.get(), num_free.get(), exhausted.get()},
+                          .slots = slots.get(),
+                          .num_seqs = kSequences};
+  const DeviceSpans& d = params.spans;
+  // Whether each page is in the list or in one table; the counters of all spans.
+  const auto check = [&](const std::string& where) {
+    std::vector<SpanState> states = spans.state->Get();
+    const std::vector<int32_t> survivors = spans.survivor_pages->Get();
+    const std::vector<int32_t> ring = spans.ring_pages->Get();
+    std::vector<int32_t> held = free_pages.Get();
+    const int32_t left = num_free.Get()[0];
+    EXPECT_GE(left, 0) << where;
+    EXPECT_LE(left, num_pages) << where;
+    held.resize(static_cast<size_t>(std::clamp(left, 0, num_pages)));
+    for (size_t i = 0; i < states.size(); ++i) {
+      const auto add = [&](const std::vector<int32_t>& table, int stride, int tokens) {
+        for (int j = 0; j < (tokens + kSlots - 1) / kSlots; ++j) {
+          held.push_back(table[i * static_cast<size_t>(stride) + static_cast<size_t>(j)]);
+        }
+      };
+      add(survivors, d.max_survivor_pages, states[i].num_survivors);
+      add(ring, d.ring_pages_per_span(), states[i].num_ring);
+    }
+    std::sort(held.begin(), held.end());
+    std::vector<int32_t> all(static_cast<size_t>(num_pages));
+    for (int i = 0; i < num_pages; ++i) all[static_cast<size_t>(i)] = i;
+    EXPECT_EQ(held, all) << where;
+    return states;
+  };
+  for (int round = 0; round < 3; ++round) {
+    exhausted.Set({0});
+    bool advanced = true;
+    for (int step = 0; step < 400 && exhausted.Get()[0] == 0; ++step) {
+      ASSERT_TRUE(LaunchDecodeStep(params, nullptr).ok());
+      const std::vector<SpanState> states = check("step " + std::to_string(step));
+      for (size_t i = 0; i < states.size(); ++i) {
+        const bool present = i / kHeads % kSequences != 2;
+        advanced &= states[i].num_tokens == (present ? step + 1 : 0);
+      }
+      EXPECT_NE(advanced, exhausted.Get()[0] == 1);
+    }
+    ASSERT_EQ(exhausted.Get()[0], 1);
+    for (int more = 0; more < 3; ++more) {  // still without pages
+      ASSERT_TRUE(LaunchDecodeStep(params, nullptr).ok());
+      check("after the end");
+    }
+    ASSERT_TRUE(LaunchReleaseSequences(params, nullptr).ok());
+    for (const SpanState& s : check("released")) EXPECT_EQ(s.num_tokens, 0);
+    EXPECT_EQ(num_free.Get()[0], num_pages);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, DecodeStepShortage, testing::Range(1u, 9u));
+
+TEST(DecodeStepGpu, ASpanWhoseTableIsFullStays) {
   RequireGpu();
   if (testing::Test::IsSkipped()) return;
-  DeviceSpanCase spans({.head_dim = 64, .window = 0, .num_kv_heads = 3, .spare_pages = 2}, 1,
-                       {{32, 0}, {32, 0}, {32, 0}});
+  DeviceSpanCase spans({.head_dim = 64, .window = 0, .num_kv_heads = 2, .spare_pages = 2}, 1,
+                       {{256, 0}, {31, 0}});
+  ASSERT_EQ(spans.max_survivor_pages(), 16);
   DeviceArray<int32_t> free_pages(spans.spare_pages()), num_free(std::vector<int32_t>{2}),
       exhausted(std::vector<int32_t>{0}), slots(std::vector<int32_t>{0});
-  const absl::Status status =
-      LaunchDecodeStep({.spans = spans.device(),
-                        .pool = {free_pages.get(), num_free.get(), exhausted.get()},
-                        .slots = slots.get(),
-                        .num_seqs = 1},
-                       nullptr);
-  ASSERT_TRUE(status.ok()) << status;
+  DecodeStepParams params{.spans = spans.device(),
+                          .pool = {free_pages.get(), num_free.get(), exhausted.get()},
+                          .slots = slots.get(),
+                          .num_seqs = 1};
+  params.spans.max_survivor_pages = 8;  // of the first span alone: full
+  ASSERT_TRUE(LaunchDecodeStep(params, nullptr).ok());
   EXPECT_EQ(exhausted.Get()[0], 1);
-  spans.survivor_pages->Get();  // checks what lies around them
-  free_pages.Get();
+  EXPECT_EQ(num_free.Get()[0], 2);
+  const std::vector<SpanState> states = spans.state->Get();
+  EXPECT_EQ(states[0].num_survivors, 256);
+  EXPECT_EQ(states[0].num_tokens, 257);
+  EXPECT_EQ(states[1].num_survivors, 32);
+  EXPECT_EQ(states[1].num_tokens, 33);
 }
 
 std::vector<PrepareCase> Cases() {

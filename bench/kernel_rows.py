@@ -79,7 +79,7 @@ def limit_us(row, ceilings):
 
 
 def sort_lines(lines):
-    """What a run printed, as rows of ours, rows of peers, ceilings, and texts of failures."""
+    """What a run printed, as rows of ours and of peers, one a case, ceilings, and failures."""
     ours, peers, ceilings, failed = [], [], {}, []
     for line in lines:
         ceilings.update(line.get("ceilings", {}))
@@ -91,7 +91,16 @@ def sort_lines(lines):
             peers.append(line)
         elif "ours_us" in line:
             ours.append(line)
-    return ours, peers, ceilings, failed
+    return middle(ours, "ours_us"), middle(peers, "peer_us"), ceilings, failed
+
+
+def middle(rows, field):
+    """Of each case the row whose `field` is the median of its rounds (the lower of two)."""
+    rounds = {}
+    for row in rows:
+        rounds.setdefault(row["case"], []).append(row)
+    return [sorted(group, key=lambda row: row[field])[(len(group) - 1) // 2]
+            for group in rounds.values()]
 
 
 def compact_shares(ours):

@@ -10,12 +10,10 @@ peer's output is compared with attention in FP32 before its time is printed.
   fastdms     its compact split-K kernel and the reduction, on as many live tokens a head as ours:
               the window, the newest and an eighth of the older ones of 8192
 
-They come from PyPI and are not installed by anything here:
+They come from PyPI and are not installed by anything here (INSTALL below). flashinfer compiles a
+kernel at its first use, half a minute each or two (nvcc, ninja).
 
-  pip install --no-deps flashinfer-python==0.6.16.post4 fastdms==0.2.0 && pip install apache-tvm-ffi
   bench/peers/decode_peers.py [--peers flashinfer,fastdms] [--sweep]
-
-flashinfer compiles a kernel at its first use, half a minute each (nvcc, ninja).
 """
 import argparse
 import importlib.util
@@ -28,15 +26,21 @@ import sys
 
 import torch
 
+INSTALL = ("pip install --no-deps flashinfer-python==0.6.16.post4 fastdms==0.2.0; "
+           "pip install apache-tvm-ffi filelock jinja2 requests tqdm nvidia-ml-py ninja")
 QUERY_HEADS, KV_HEADS, WINDOW = 32, 8, 256
 GROUP = QUERY_HEADS // KV_HEADS
 FLASHINFER = {"128k_b1": (131072, 1, 16), "32k_b8": (32768, 8, 8)}  # context, batch, layers
 FASTDMS = {"b1": (1, 36), "b8": (8, 36)}  # batch, layers
-# The first were best on an H200; --sweep tries them all. Kernel, page, layout.
-KERNELS = [("xqa", 64, "HND"), ("fa2_tensor_cores", 16, "HND"), ("fa2_tensor_cores", 64, "HND"),
-           ("fa2_tensor_cores", 16, "NHD"), ("xqa", 128, "HND"), ("xqa", 32, "HND"),
-           ("xqa", 128, "NHD"), ("xqa", 64, "NHD"), ("fa2", 16, "HND"), ("fa2", 64, "HND"),
-           ("fa2", 16, "NHD")]
+# The first were best on an H200; --sweep tries them all. Kernel, page, layout, tokens of a split
+# (0: what its plan chooses).
+KERNELS = [("xqa", 64, "HND", 0), ("fa2_tensor_cores", 16, "HND", 0),
+           ("fa2_tensor_cores", 64, "HND", 0), ("fa2_tensor_cores", 16, "HND", 1024),
+           ("fa2_tensor_cores", 16, "HND", 2048), ("fa2_tensor_cores", 16, "HND", 4096),
+           ("fa2_tensor_cores", 16, "HND", 8192), ("fa2_tensor_cores", 32, "HND", 0),
+           ("fa2_tensor_cores", 16, "NHD", 0), ("xqa", 128, "HND", 0), ("xqa", 32, "HND", 0),
+           ("xqa", 128, "NHD", 0), ("xqa", 64, "NHD", 0), ("fa2", 16, "HND", 0),
+           ("fa2", 64, "HND", 0), ("fa2", 16, "NHD", 0)]
 # Keys of a split, warps of its program, warps of the reduction's.
 SPLITS = [(128, 4, 4), (64, 2, 4), (64, 4, 4), (64, 2, 8), (64, 4, 1), (64, 4, 2), (64, 4, 8),
           (128, 2, 4), (128, 4, 2), (128, 8, 4), (256, 4, 4), (256, 8, 4), (512, 8, 4), (32, 1, 4),
@@ -117,7 +121,7 @@ def flashinfer_case(name, sweep):
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
 
-    def measure(kernel, page, layout):
+    def measure(kernel, page, layout, split):
         pages = tokens // page
         order = torch.randperm(batch * pages, device="cuda", dtype=torch.int32)
         shape = {"HND": (KV_HEADS, page, dim), "NHD": (page, KV_HEADS, dim)}[layout]
@@ -136,7 +140,8 @@ def flashinfer_case(name, sweep):
             wrapper.plan(torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages, order,
                          torch.full((batch,), page, dtype=torch.int32, device="cuda"), QUERY_HEADS,
                          KV_HEADS, dim, page, q_data_type=torch.bfloat16,
-                         kv_data_type=torch.float8_e4m3fn, sm_scale=scale)
+                         kv_data_type=torch.float8_e4m3fn, sm_scale=scale,
+                         fixed_split_size=split // page or None)
 
             def work(layer):
                 wrapper.run(q, caches[layer], out=out)
@@ -228,7 +233,8 @@ def main():
         try:
             measure(*arguments)
         except Exception as failure:  # the other rows are worth having
-            print(json.dumps({"failed": f"{measure.__name__}{arguments}: {failure}"[:300]}),
+            hint = f"; {INSTALL}" if isinstance(failure, ImportError) else ""
+            print(json.dumps({"failed": f"{measure.__name__}{arguments}: {failure}"[:300] + hint}),
                   flush=True)
         torch.cuda.empty_cache()
 

@@ -254,13 +254,10 @@ def best_sparse(q, k, v, keep, prefix, mask, tiles):
     return best
 
 
-def tiles_of(dim, sweep):
-    return TILES[dim] if sweep else TILES[dim][:TILES_TRIED]
-
-
 def proto(dim, name, tokens, sweep):
     q, k, v = inputs(dim, tokens)
-    us, tile, error = best_sparse(q, k, v, random_keep(tokens), True, 2, tiles_of(dim, sweep))
+    tiles = TILES[dim] if sweep else TILES[dim][:TILES_TRIED]
+    us, tile, error = best_sparse(q, k, v, random_keep(tokens), True, 2, tiles)
     emit(f"prefill_proto/d{dim}/{name}", f"prefill/d{dim}/{name}", "Triton prefix + band", us,
          peer_error=error, tile=tile)
 
@@ -270,8 +267,9 @@ def one_pass(dim, name, tokens, sweep):
         return
     q, k, v = inputs(dim, tokens)
     keep = random_keep(tokens)
-    us, tile, error = best_sparse(q, k, v, keep, False, 3, tiles_of(dim, sweep))
-    lean_us = best_sparse(q, k, v, keep, False, 2, tiles_of(dim, sweep))[0]
+    tiles = TILES[dim] if sweep else TILES[dim][:1]
+    us, tile, error = best_sparse(q, k, v, keep, False, 3, tiles)
+    lean_us = best_sparse(q, k, v, keep, False, 2, tiles)[0]
     emit(f"prefill_triton/d{dim}/{name}", f"prefill/d{dim}/{name}", "Triton, one masked pass", us,
          peer_error=error, tile=tile, lean_us=round(lean_us, 2))
 

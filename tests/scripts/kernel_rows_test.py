@@ -80,6 +80,13 @@ class JoinTest(unittest.TestCase):
         self.assertEqual((len(own), len(peers), failed), (1, 1, ["mo: no"]))
         self.assertEqual(ceilings, {"gemm_tflops": 1.0, "read_gbps": 3000.0})
 
+    def test_the_median_round_stands(self):
+        own, peers, _, _ = kernel_rows.sort_lines(
+            [ours("a", 3.0, compact_us=30), peer("b", 5.0), ours("a", 1.0, compact_us=10),
+             peer("b", 4.0), ours("a", 2.0, compact_us=20)])
+        self.assertEqual(own, [ours("a", 2.0, compact_us=20)])
+        self.assertEqual(peers, [peer("b", 4.0)])
+
     def test_missing_names_every_case_of_the_table(self):
         self.assertEqual(kernel_rows.missing([]), sorted(kernel_rows.BARS))
         self.assertNotIn("decode_bw", kernel_rows.missing(kernel_rows.join(
@@ -118,6 +125,7 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         written = json.loads((self.dir / "out.json").read_text())
         self.assertEqual(written["commit"], "abc")
+        self.assertEqual(result.stderr.count("a note"), 3)
         self.assertEqual(written["ceilings"], {"read_gbps": 4000})
         self.assertEqual([(r["case"], r["ratio"]) for r in written["rows"]], [("decode_bw", 90.0)])
         self.assertIn("prefill/d128/8k", written["missing"])

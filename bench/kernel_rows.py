@@ -1,9 +1,9 @@
 """Joins rows of the GPU benches with rows of their peers, and holds them against the bars.
 
 A bench's row has `case`, `ours_us` and either `limit_us` or the work that must be done, `flop` and
-`bytes`; a peer's row has `case`, `peer`, `peer_us` and, where one measurement of ours stands
-against several peers, `ours_case`. A joined row has `ratio`, the number that the case's bar is
-about: the peer's time by ours, unless OWN_PEERS or RATIO_FIELDS names the case.
+`bytes`, and may time a `peer` itself; a peer's row has `case`, `peer`, `peer_us` and, where one
+measurement of ours stands against several peers, `ours_case`. A joined row has `ratio`, the number
+that the case's bar is about: the peer's time by ours, unless OWN_PEERS or RATIO_FIELDS names it.
 """
 import re
 
@@ -87,10 +87,10 @@ def sort_lines(lines):
             ceilings["read_gbps"] = line["gbs"]
         if "failed" in line:
             failed.append(line["failed"])
-        elif "peer_us" in line:
-            peers.append(line)
         elif "ours_us" in line:
             ours.append(line)
+        elif "peer_us" in line:
+            peers.append(line)
     return middle(ours, "ours_us"), middle(peers, "peer_us"), ceilings, failed
 
 
@@ -127,8 +127,10 @@ def join(ours, peers, ceilings):
         limit = limit_us(row, ceilings)
         if limit is not None:
             row["limit_us"], row["pct_of_limit"] = limit, 100.0 * limit / row["ours_us"]
+        if "peer_us" in row and "ratio" not in row:
+            row["ratio"] = row["peer_us"] / row["ours_us"]
         other, what = OWN_PEERS.get(row["case"], (None, None))
-        if other in by_case:
+        if other in by_case and "peer_us" not in row:
             speed = by_case[other]["ours_us"] / row["ours_us"]
             row.update(peer=f"{other}, ours", peer_us=by_case[other]["ours_us"],
                        ratio=speed if what == "speed" else 1 / speed)

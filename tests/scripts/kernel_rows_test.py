@@ -58,6 +58,13 @@ class JoinTest(unittest.TestCase):
         self.assertNotIn("met", rows["prefill_fp8/d128/32k"])  # a goal alone
         self.assertFalse(rows["decode_imbalance"]["met"])
 
+    def test_a_bench_that_times_its_peer(self):
+        own, peers, _, _ = kernel_rows.sort_lines(
+            [ours("prefill/d128/32k", 260.0),
+             ours("prefill_fp8/d128/32k", 200.0, peer="the same kernel in BF16", peer_us=250.0)])
+        row = joined(own, peers)["prefill_fp8/d128/32k"]
+        self.assertEqual((row["ratio"], row["peer"]), (1.25, "the same kernel in BF16"))
+
     def test_shares_of_the_read_stream(self):
         rows = joined([ours("decode_bw", 10.0, limit_us=8.5),
                        ours("gemv/llama_1b_gate_up_fp8/m1", 10.0, limit_us=7.4)])
@@ -130,6 +137,16 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual([(r["case"], r["ratio"]) for r in written["rows"]], [("decode_bw", 90.0)])
         self.assertIn("prefill/d128/8k", written["missing"])
         self.assertFalse((self.dir / "out.json.part").exists())
+
+    def test_halves_are_joined(self):
+        halves = [self.dir / "a.part", self.dir / "b.part"]
+        for half, line in zip(halves, (ours("prefill/d64/8k", 10.0), peer("prefill/d64/8k", 35.0))):
+            half.write_text(json.dumps({"head": {"date": "today", "commit": half.name}}) + "\n"
+                            + json.dumps(line) + "\n", encoding="utf-8")
+        result = self.run_script("--allow-missing", "--join", *halves)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        written = json.loads((self.dir / "out.json").read_text())
+        self.assertEqual((written["commit"], written["rows"][0]["ratio"]), ("a.part", 3.5))
 
     def test_missing_cases_fail(self):
         self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0, limit_us=9.0)))

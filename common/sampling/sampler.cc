@@ -1,13 +1,12 @@
 #include "common/sampling/sampler.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
-#include "common/sampling/philox.h"
+#include "common/sampling/sample_math.h"
 
 namespace winnow {
 namespace {
@@ -75,16 +74,6 @@ class SortedCandidates {
   size_t num_sorted_ = 0;
 };
 
-// In [0, 1), 53 random bits.
-double Uniform(const SampleKey& key) {
-  const auto low = [](uint64_t x) { return static_cast<uint32_t>(x); };
-  const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
-  const auto words = Philox4x32({low(key.position), high(key.position), key.sample_index, 0},
-                                {low(key.seed), high(key.seed)});
-  const uint64_t bits = (uint64_t{words[0]} << 32 | words[1]) >> 11;
-  return static_cast<double>(bits) * 0x1p-53;
-}
-
 }  // namespace
 
 absl::Status ValidateSamplingParams(const SamplingParams& params, int vocab) {
@@ -105,48 +94,39 @@ absl::Status ValidateSamplingParams(const SamplingParams& params, int vocab) {
 absl::StatusOr<int32_t> Sample(absl::Span<const float> logits, const SamplingParams& params,
                                const SampleKey& key) {
   if (logits.empty()) return absl::InternalError("there are no logits");
+  if (logits.size() > kMaxSampleVocab) {
+    return absl::InvalidArgumentError(absl::StrCat(logits.size(), " logits: at most 2^20"));
+  }
   WINNOW_RETURN_IF_ERROR(ValidateSamplingParams(params, static_cast<int>(logits.size())));
   WINNOW_ASSIGN_OR_RETURN(const int32_t best, ArgMax(logits));
   if (params.temperature == 0.0f || params.top_k == 1) return best;
 
-  // Probabilities are never normalised; `total` is what they would be divided by.
-  const double max_logit = logits[best];
-  const double temperature = params.temperature;
-  const auto weight = [=](float logit) { return std::exp((logit - max_logit) / temperature); };
+  // Probabilities are never normalised; `total` is what they would be divided by. Sums are of
+  // integers, see sample_math.h, so each walk ends where its `total` says.
+  const double scale = SampleScale(params.temperature);
+  const float max_logit = logits[static_cast<size_t>(best)];
+  double powers[kNumSamplePowers];
+  for (int j = 0; j < kNumSamplePowers; ++j) powers[j] = SamplePower(j);
+  const auto weight = [&](float logit) { return SampleWeight(logit, max_logit, scale, powers); };
   SortedCandidates sorted(logits);
   const size_t num_kept = params.top_k > 0 ? static_cast<size_t>(params.top_k) : logits.size();
-  double total = 0.0;
+  uint64_t total = 0;
   if (num_kept < logits.size()) {
     for (size_t i = 0; i < num_kept; ++i) total += weight(sorted[i].logit);
   } else {
     for (const float logit : logits) total += weight(logit);
   }
-
   if (params.top_p < 1.0f) {
-    const double enough = params.top_p * total;
-    double sum = 0.0;
-    for (size_t i = 0; i < num_kept && sum < enough; ++i) {
-      const double w = weight(sorted[i].logit);
-      if (w == 0.0) break;
-      sum += w;
-    }
-    total = sum;
+    const uint64_t enough = SampleEnough(params.top_p, total);
+    total = 0;
+    for (size_t i = 0; total < enough; ++i) total += weight(sorted[i].logit);
   }
-
-  // The walk ends inside the nucleus: it adds the same terms in the same order, and
-  // the target is below their sum. Without top-p, rounding may let `total` (summed by
-  // id) pass the walk's own sum; the last candidate that has weight is then taken.
-  const double target = Uniform(key) * total;
-  double sum = 0.0;
-  int32_t chosen = best;
-  for (size_t i = 0; i < num_kept; ++i) {
-    const double w = weight(sorted[i].logit);
-    if (w == 0.0) break;
-    chosen = sorted[i].id;
-    sum += w;
-    if (sum > target) break;
+  const uint64_t target = SampleTarget(SampleBits(key.seed, key.position, key.sample_index), total);
+  uint64_t sum = 0;
+  for (size_t i = 0;; ++i) {
+    sum += weight(sorted[i].logit);
+    if (sum > target) return sorted[i].id;
   }
-  return chosen;
 }
 
 }  // namespace winnow

@@ -30,9 +30,9 @@ struct SampleKey {
 // The next token's id. Greedy: the largest logit, the lowest id among equals.
 // Otherwise, in this order: temperature, top-k, top-p, then one draw from what is
 // left, renormalised. Tokens are ranked by logit, equals by ascending id, and top-k
-// keeps exactly k of them. Sums are in double and in one fixed order. A logit of -inf
-// is never chosen.
-//   INVALID_ARGUMENT  params are out of range.
+// keeps exactly k of them. Weights are integers (sample_math.h), the largest 2^43, so a
+// token 2^-44 times as likely as the likeliest is never chosen; nor is a logit of -inf.
+//   INVALID_ARGUMENT  params are out of range, or more than 2^20 logits.
 //   INTERNAL          a logit is NaN or +inf, all are -inf or there are none: the model
 //                     computed rubbish. The message names the first such id.
 // Thread-safe. Greedy allocates nothing, else 8 bytes for each logit.

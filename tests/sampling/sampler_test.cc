@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/sampling/philox.h"
+#include "common/sampling/sample_math.h"
 
 namespace winnow {
 namespace {
@@ -51,6 +52,42 @@ TEST(PhiloxTest, KnownAnswers) {
             (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
   EXPECT_EQ(Philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
             (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+}
+
+TEST(SampleMathTest, WeightsAreTheExponentialRounded) {
+  double powers[kNumSamplePowers];
+  for (int j = 0; j < kNumSamplePowers; ++j) {
+    powers[j] = SamplePower(j);
+    EXPECT_EQ(powers[j], std::exp2(j / 16.0)) << j;
+  }
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal(0.0f, 10.0f);
+  for (const float temperature : {0.05f, 0.7f, 1.0f, 100.0f}) {
+    const double scale = SampleScale(temperature);
+    for (int i = 0; i < 20000; ++i) {
+      const float max = normal(rng), logit = max - std::abs(normal(rng));
+      const double want =
+          std::ldexp(std::exp((double{logit} - double{max}) / double{temperature}), 43);
+      // Half a unit of rounding, and what the series, its five roundings and t leave out.
+      const double bound = 0.5 + 0x1p-42 * want;
+      EXPECT_NEAR(static_cast<double>(SampleWeight(logit, max, scale, powers)), want, bound);
+    }
+    EXPECT_EQ(SampleWeight(3.0f, 3.0f, scale, powers), uint64_t{1} << 43);
+    EXPECT_EQ(SampleWeight(-kInf, 3.0f, scale, powers), 0u);
+    EXPECT_EQ(SampleWeight(-31.2f * temperature, 0.0f, scale, powers), 0u);
+    EXPECT_EQ(SampleWeight(-29.9f * temperature, 0.0f, scale, powers), 1u);
+  }
+}
+
+TEST(SampleMathTest, EnoughAndTargetStayInRange) {
+  const uint64_t most = uint64_t{1} << 63;
+  for (const uint64_t total : {uint64_t{1}, uint64_t{1} << 43, (uint64_t{1} << 53) + 1, most}) {
+    EXPECT_EQ(SampleEnough(1e-45f, total), 1u);
+    EXPECT_LE(SampleEnough(std::nextafter(1.0f, 0.0f), total), total);
+    EXPECT_EQ(SampleTarget(0, total), 0u);
+    EXPECT_EQ(SampleTarget(~uint64_t{0}, total), total - 1);
+  }
+  EXPECT_EQ(SampleEnough(0.5f, uint64_t{1} << 43), uint64_t{1} << 42);
 }
 
 TEST(SamplerTest, GreedyTakesTheLargestAndTheLowestIdAmongEquals) {

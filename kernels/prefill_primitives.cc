@@ -57,13 +57,25 @@ absl::Status LeftPad2dCpu(const LeftPad2dParams& p) {
 absl::Status LaunchLeftPad2d(const LeftPad2dParams&, StreamHandle) {
   return absl::UnimplementedError("left_pad_2d: built without CUDA");
 }
+absl::Status LaunchScatterByIndex(const ScatterByIndexParams&, StreamHandle) {
+  return absl::UnimplementedError("scatter_by_index: built without CUDA");
+}
+absl::Status LaunchBoolGatherLeftPad(const BoolGatherLeftPadParams&, StreamHandle) {
+  return absl::UnimplementedError("bool_gather_left_pad: built without CUDA");
+}
+absl::Status LaunchCompactByBool(const CompactByBoolParams&, StreamHandle) {
+  return absl::UnimplementedError("compact_by_bool: built without CUDA");
+}
 #endif
 
+absl::Status ValidateScatterByIndex(const ScatterByIndexParams& p) {
+  return CheckShape("scatter_by_index",
+                    p.in != nullptr && p.idx != nullptr && p.lens != nullptr && p.out != nullptr,
+                    {p.batch, p.in_seq, p.out_seq, p.max_len}, p.row_bytes);
+}
+
 absl::Status ScatterByIndexCpu(const ScatterByIndexParams& p) {
-  WINNOW_RETURN_IF_ERROR(
-      CheckShape("scatter_by_index",
-                 p.in != nullptr && p.idx != nullptr && p.lens != nullptr && p.out != nullptr,
-                 {p.batch, p.in_seq, p.out_seq, p.max_len}, p.row_bytes));
+  WINNOW_RETURN_IF_ERROR(ValidateScatterByIndex(p));
   for (int b = 0; b < p.batch; ++b) {
     WINNOW_RETURN_IF_ERROR(
         CheckRange("scatter_by_index: lens", b, p.lens[b], std::min(p.max_len, p.in_seq)));
@@ -85,11 +97,15 @@ absl::Status ScatterByIndexCpu(const ScatterByIndexParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status ValidateBoolGatherLeftPad(const BoolGatherLeftPadParams& p) {
+  return CheckShape("bool_gather_left_pad",
+                    p.in != nullptr && p.mask != nullptr && p.out != nullptr && p.idx != nullptr &&
+                        p.counts != nullptr,
+                    {p.batch, p.num_heads, p.seq}, p.row_bytes);
+}
+
 absl::Status BoolGatherLeftPadCpu(const BoolGatherLeftPadParams& p) {
-  WINNOW_RETURN_IF_ERROR(CheckShape("bool_gather_left_pad",
-                                    p.in != nullptr && p.mask != nullptr && p.out != nullptr &&
-                                        p.idx != nullptr && p.counts != nullptr,
-                                    {p.batch, p.num_heads, p.seq}, p.row_bytes));
+  WINNOW_RETURN_IF_ERROR(ValidateBoolGatherLeftPad(p));
   for (int64_t b = 0; b < p.batch; ++b) {
     int32_t* idx = p.idx + b * p.seq;
     int count = 0;
@@ -112,11 +128,14 @@ absl::Status BoolGatherLeftPadCpu(const BoolGatherLeftPadParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status ValidateCompactByBool(const CompactByBoolParams& p) {
+  return CheckShape("compact_by_bool",
+                    p.in != nullptr && p.mask != nullptr && p.out != nullptr && p.counts != nullptr,
+                    {p.num_rows, p.seq}, p.row_bytes);
+}
+
 absl::Status CompactByBoolCpu(const CompactByBoolParams& p) {
-  WINNOW_RETURN_IF_ERROR(
-      CheckShape("compact_by_bool",
-                 p.in != nullptr && p.mask != nullptr && p.out != nullptr && p.counts != nullptr,
-                 {p.num_rows, p.seq}, p.row_bytes));
+  WINNOW_RETURN_IF_ERROR(ValidateCompactByBool(p));
   const size_t plane = static_cast<size_t>(p.seq) * p.row_bytes;
   for (int64_t n = 0; n < p.num_rows; ++n) {
     const uint8_t* in = Bytes(p.in) + static_cast<size_t>(n) * plane;

@@ -34,6 +34,9 @@ struct ScatterByIndexParams {
   int batch = 0, in_seq = 0, out_seq = 0, max_len = 0;
   size_t row_bytes = 0;
 };
+absl::Status ValidateScatterByIndex(const ScatterByIndexParams& params);
+// As LaunchLeftPad2d; an index outside [0, out_seq) is skipped.
+absl::Status LaunchScatterByIndex(const ScatterByIndexParams& params, StreamHandle stream);
 absl::Status ScatterByIndexCpu(const ScatterByIndexParams& params);
 
 // The positions where mask is set, in order, right-aligned; zero in front:
@@ -47,6 +50,8 @@ struct BoolGatherLeftPadParams {
   int batch = 0, num_heads = 0, seq = 0;
   size_t row_bytes = 0;
 };
+absl::Status ValidateBoolGatherLeftPad(const BoolGatherLeftPadParams& params);
+absl::Status LaunchBoolGatherLeftPad(const BoolGatherLeftPadParams& params, StreamHandle stream);
 absl::Status BoolGatherLeftPadCpu(const BoolGatherLeftPadParams& params);
 
 // The masked elements to the front, in order; positions past the count keep `in`'s values.
@@ -58,6 +63,8 @@ struct CompactByBoolParams {
   int num_rows = 0, seq = 0;
   size_t row_bytes = 0;
 };
+absl::Status ValidateCompactByBool(const CompactByBoolParams& params);
+absl::Status LaunchCompactByBool(const CompactByBoolParams& params, StreamHandle stream);
 absl::Status CompactByBoolCpu(const CompactByBoolParams& params);
 
 // A key's part in the fused prefill. Padding is a state of its own: never visible.

@@ -6,12 +6,16 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_prepare.h"
+#include "kernels/cuda/span_token.cuh"
 #include "kernels/cuda/store_row.cuh"
 
 namespace winnow::kernels {
 namespace {
 
+using device::CopyToken;
 using device::HeadLanes;
+using device::Place;
+using device::TokenShape;
 
 struct Args {
   DmsCompactParams c;
@@ -99,40 +103,6 @@ __device__ __forceinline__ float RoundedToBf16(float x) {
   const uint32_t u = __float_as_uint(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return __uint_as_float(((u >> 16) | 0x0040u) << 16);
   return __uint_as_float(((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) << 16);
-}
-
-template <KvElement kK, int kDim>
-struct TokenShape {
-  static constexpr int kRowBytes = kDim * static_cast<int>(KvElementBytes(kK));  // of K, and of V
-  static constexpr bool kScaled = kK != KvElement::kBf16;
-  static constexpr int kPageBytes = static_cast<int>(PageBytes(kDim));
-  static constexpr int kSlots = kPageBytes / (2 * kRowBytes + (kScaled ? 4 : 0));
-};
-
-// Where a stored token lies: in a page, or a flat row (slots 1, slot 0).
-struct Place {
-  uint8_t* base;
-  int slots, slot;
-};
-
-// A warp copies a token's parts; a lane always the same bytes.
-template <typename T>
-__device__ __forceinline__ void CopyToken(const Place& from, const Place& to, int lane) {
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const uint8_t* in = from.base + (part * from.slots + from.slot) * T::kRowBytes;
-    uint8_t* out = to.base + (part * to.slots + to.slot) * T::kRowBytes;
-#pragma unroll
-    for (int i = lane * 4; i < T::kRowBytes; i += 128) {
-      *reinterpret_cast<uint32_t*>(out + i) = *reinterpret_cast<const uint32_t*>(in + i);
-    }
-  }
-  if (T::kScaled && lane < 2) {
-    const auto scale = [lane](const Place& p) {
-      return p.base + p.slots * 2 * T::kRowBytes + (lane * p.slots + p.slot) * 2;
-    };
-    *reinterpret_cast<uint16_t*>(scale(to)) = *reinterpret_cast<const uint16_t*>(scale(from));
-  }
 }
 
 // Grid (KV heads, sequences), block of group + 2 warps: one a query head, one for K and V,

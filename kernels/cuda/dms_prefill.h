@@ -59,7 +59,8 @@ absl::Status ValidateDmsPrefillBatch(const DmsPrefillBatch& batch);
 // (a sequence of batch 1 may name k and v themselves). A token's eviction is the
 // decision of the next token with shift 1 (the last one's is unknown: kept), its own
 // with shift 0. A survivor is a band token that is kept; only those older than the
-// window of some query of the chunk are laid out.
+// window of some query of the chunk are laid out. If k, v and rows are all null, the band's
+// chunk rows hold stored values already (LaunchDmsPrepare() writes them).
 struct DmsPrefillCompactParams {
   DmsPrefillBatch batch;
   KvFormatId format = KvFormatId::kFp8;

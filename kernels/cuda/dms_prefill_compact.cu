@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
@@ -106,21 +107,22 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // ---------------------------------------------------------------------------
 // Plan: the tiles, longest first, by a counting sort on the boxes of keys. One block of
-// kStoreThreads, whose work hides behind the other blocks' of the store kernel.
+// kThreads, whose work hides behind the other blocks' of its kernel.
 
 constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
 constexpr int kBuckets = 2048, kBoxKeys = 128;
 
+template <int kThreads>
 __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, int positions,
-                     int (&counts)[kBuckets], int (&warp_sums)[kStoreWarps]) {
+                     int (&counts)[kBuckets], int (&warp_sums)[kThreads / 32]) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  for (int i = tid; i < kBuckets; i += kStoreThreads) counts[i] = 0;
+  for (int i = tid; i < kBuckets; i += kThreads) counts[i] = 0;
   __syncthreads();
   for (int turn = 0; turn < 2; ++turn) {  // count, then place
     for (int sequence = 0; sequence < b.batch; ++sequence) {
       const DmsPrefillSequence s = b.sequences[sequence];
       const int tiles = (s.num_tokens + positions - 1) / positions * b.num_kv_heads;
-      for (int i = tid; i < tiles; i += kStoreThreads) {
+      for (int i = tid; i < tiles; i += kThreads) {
         PrefillTile tile{.sequence = sequence,
                          .head = i % b.num_kv_heads,
                          .first = i / b.num_kv_heads * positions};
@@ -142,7 +144,7 @@ __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, in
     __syncthreads();
     if (turn == 1) break;
     // Counts to first places: each thread's run of buckets, then a scan over threads.
-    constexpr int kRun = kBuckets / kStoreThreads;
+    constexpr int kRun = kBuckets / kThreads;
     int sum = 0;
     for (int i = 0; i < kRun; ++i) sum += counts[kRun * tid + i];
     int inclusive = sum;
@@ -154,7 +156,7 @@ __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, in
     __syncthreads();
     int place = inclusive - sum;
     for (int i = 0; i < warp; ++i) place += warp_sums[i];
-    if (tid == kStoreThreads - 1) *scratch.num_tiles = place + sum;
+    if (tid == kThreads - 1) *scratch.num_tiles = place + sum;
     for (int i = 0; i < kRun; ++i) {
       const int count = counts[kRun * tid + i];
       counts[kRun * tid + i] = place;
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(kStoreThreads)
   const DmsPrefillBatch& b = p.batch;
   ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
-    if (blockIdx.y == 0) Plan(b, scratch, positions, counts, warp_sums);
+    if (blockIdx.y == 0) Plan<kStoreThreads>(b, scratch, positions, counts, warp_sums);
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -389,6 +391,56 @@ absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch
                      internal::TilePositions(kDim, p.batch.group));
 }
 
+// ---------------------------------------------------------------------------
+// Lay out: the band is stored already; a warp copies the survivors among 32 band tokens of
+// a head, half a warp K, half V. Grid (1 + pieces of the longest band, batch, num_kv_heads);
+// the first block plans, with more threads as there is less to hide behind.
+
+constexpr int kLayOutThreads = 1024;
+
+template <int kDim>
+__global__ void __launch_bounds__(kLayOutThreads)
+    LayOutKernel(const DmsPrefillBatch b, const PrefillScratch scratch, int positions) {
+  __shared__ int counts[kBuckets];
+  __shared__ int warp_sums[kLayOutThreads / 32];
+  ptx::WaitForPredecessors();
+  if (blockIdx.x == 0) {
+    if (blockIdx.y == 0 && blockIdx.z == 0)
+      Plan<kLayOutThreads>(b, scratch, positions, counts, warp_sums);
+    return;
+  }
+  using Lane = std::conditional_t<kDim == 128, uint4, uint2>;  // a vector is 16 of them
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.z;
+  const DmsPrefillSequence s = b.sequences[blockIdx.y];
+  const int first = (static_cast<int>(blockIdx.x - 1) * (kLayOutThreads / 32) + warp) * 32;
+  const int expirable = NumExpirable(s.num_prefix + s.num_tokens, b.window);
+  if (first >= expirable) return;
+  const int mark = first + lane < expirable
+                       ? scratch.marks[int64_t{head} * b.band_rows + s.band_row + first + lane]
+                       : 0;
+  const bool is_v = lane >= 16;
+  const Bf16* from =
+      (is_v ? b.band_v : b.band_k) + (int64_t{s.band_row + first} * b.num_kv_heads + head) * kDim;
+  Bf16* to =
+      (is_v ? b.compact_v : b.compact_k) + (int64_t{head} * b.compact_rows + s.compact_row) * kDim;
+  for (uint32_t kept = __ballot_sync(~0u, (mark & 1) != 0); kept != 0; kept &= kept - 1) {
+    const int i = __ffs(static_cast<int>(kept)) - 1;
+    const int rank = __shfl_sync(~0u, mark, i) >> 1;
+    reinterpret_cast<Lane*>(to + int64_t{rank} * kDim)[lane % 16] =
+        reinterpret_cast<const Lane*>(from + int64_t{i} * b.num_kv_heads * kDim)[lane % 16];
+  }
+}
+
+template <int kDim>
+absl::Status EnqueueLayOut(const DmsPrefillBatch& b, const PrefillScratch& scratch,
+                           StreamHandle stream) {
+  const int expirable = NumExpirable(b.max_band, b.window);
+  const dim3 grid(1 + static_cast<unsigned>((expirable + kLayOutThreads - 1) / kLayOutThreads),
+                  static_cast<unsigned>(b.batch), static_cast<unsigned>(b.num_kv_heads));
+  return LaunchEarly(LayOutKernel<kDim>, grid, kLayOutThreads, 0, stream, b, scratch,
+                     internal::TilePositions(kDim, b.group));
+}
+
 template <int kDim>
 absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                           StreamHandle stream) {
@@ -416,6 +468,10 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
   const dim3 heads(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
   MarkKernel<<<heads, kScanThreads, 0, stream>>>(params, scratch);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  if (params.k == nullptr) {
+    return b.head_dim == 64 ? EnqueueLayOut<64>(b, scratch, stream)
+                            : EnqueueLayOut<128>(b, scratch, stream);
+  }
   return b.head_dim == 64 ? EnqueueStore<64>(params, scratch, stream)
                           : EnqueueStore<128>(params, scratch, stream);
 }

@@ -1,0 +1,213 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/cuda/cuda_status.h"
+#include "kernels/cuda/dms_prefill_plan.cuh"
+#include "kernels/cuda/layer_spans.cuh"
+#include "kernels/cuda/prefix_cache.h"
+#include "kernels/cuda/span_token.cuh"
+
+namespace winnow::kernels {
+namespace {
+
+using device::CopyToken;
+using device::Place;
+using device::TokenShape;
+using internal::LayerSpans;
+using internal::PrefillScratch;
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+// A span's line: ring, newest and chunk in order of age; token i of it is token i of the
+// batch's band. All but the last enter the ring; of those the first `num_out` leave it again,
+// so that the last `window` stay.
+struct Line {
+  int length, num_prefix, num_out;
+  int num_ring;          // before
+  const int32_t* marks;  // [length]: 2 * (survivor slot it has if kept) + (it is kept)
+};
+
+__device__ Line LineOf(const DmsPrefillBatch& b, const PrefillScratch& scratch,
+                       const DmsPrefillSequence& s, int g, int window) {
+  const int length = s.num_prefix + s.num_tokens;
+  return {.length = length,
+          .num_prefix = s.num_prefix,
+          .num_out = max(length - 1 - window, 0),
+          .num_ring = max(s.num_prefix - 1, 0),
+          .marks = scratch.marks + int64_t{g} * b.band_rows + s.band_row};
+}
+
+// Takes `wanted` pages off the end of the free list, or none if it has less. The index of
+// the first, or -1.
+__device__ int TakeAll(int32_t* num_free, int wanted) {
+  int free = *static_cast<volatile int32_t*>(num_free);
+  while (free >= wanted) {
+    const int seen = atomicCAS(num_free, free, free - wanted);
+    if (seen == free) return free - wanted;
+    free = seen;
+  }
+  return -1;
+}
+
+// Pages and counters: a warp a span.
+__global__ void __launch_bounds__(kThreads)
+    AppendPagesKernel(const __grid_constant__ CacheAppendParams p, const LayerSpans spans,
+                      const PrefillScratch scratch, int slots) {
+  const DmsPrefillBatch& b = p.batch;
+  const int index = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (index >= b.batch * b.num_kv_heads) return;
+  const int sequence = index / b.num_kv_heads, g = index % b.num_kv_heads;
+  const DmsPrefillSequence s = b.sequences[sequence];
+  const int slot_of_cache = p.slots[sequence];
+  if (slot_of_cache < 0 || s.num_tokens == 0) return;
+  const int64_t span = int64_t{slot_of_cache} * b.num_kv_heads + g;
+  const Line line = LineOf(b, scratch, s, g, spans.window);
+  const SpanState before = spans.state[span];
+  SpanState state = before;
+  state.num_tokens += s.num_tokens;
+  state.num_ring = min(spans.window, line.length - 1);
+  if (line.num_out > 0) {
+    state.num_survivors = line.marks[line.num_out] >> 1;
+    if (spans.window > 0) state.ring_start = (before.ring_start + line.num_out) % spans.window;
+  }
+  const auto pages = [slots](int tokens) { return (tokens + slots - 1) / slots; };
+  const int first_survivor = pages(before.num_survivors), first_ring = pages(before.num_ring);
+  const int num_survivors = pages(state.num_survivors) - first_survivor;
+  const int wanted = num_survivors + pages(state.num_ring) - first_ring;
+  int first = 0;
+  if (lane == 0 && wanted > 0) {
+    first = pages(state.num_survivors) > spans.max_survivor_pages
+                ? -1
+                : TakeAll(p.pool.num_free, wanted);
+    if (first < 0) *p.pool.exhausted = 1;
+  }
+  first = __shfl_sync(kAll, first, 0);
+  if (first < 0) return;
+  for (int i = lane; i < wanted; i += 32) {
+    int32_t* to =
+        i < num_survivors
+            ? spans.survivor_pages + span * spans.max_survivor_pages + first_survivor + i
+            : spans.ring_pages + span * spans.ring_pages_per_span + first_ring + i - num_survivors;
+    *to = p.pool.free_pages[first + i];
+  }
+  if (lane == 0) spans.state[span] = state;
+}
+
+// The tokens: eight lanes a token, a warp 32 of a line. Who writes a place has read before
+// what lay there: a token that stays moves the one whose ring slot it gets, the newest of
+// before makes room for the newest. Grid (pieces of the longest band, batch, KV heads).
+template <KvElement kElement, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    AppendTokensKernel(const __grid_constant__ CacheAppendParams p, const LayerSpans spans,
+                       const PrefillScratch scratch) {
+  using T = TokenShape<kElement, kDim>;
+  constexpr int kTokenBytes = 2 * T::kRowBytes + (T::kScaled ? 4 : 0);
+  const DmsPrefillBatch& b = p.batch;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int sequence = static_cast<int>(blockIdx.y), g = static_cast<int>(blockIdx.z);
+  const int first = (static_cast<int>(blockIdx.x) * kWarps + warp) * 32;
+  const DmsPrefillSequence s = b.sequences[sequence];
+  const int slot_of_cache = p.slots[sequence];
+  const int window = spans.window;
+  const Line line = LineOf(b, scratch, s, g, window);
+  if (slot_of_cache < 0 || s.num_tokens == 0 || first >= line.length) return;
+  const int64_t span = int64_t{slot_of_cache} * b.num_kv_heads + g;
+  const SpanState state = spans.state[span];  // after the chunk
+  if (state.num_ring != min(window, line.length - 1) ||
+      (line.num_out > 0 && state.num_survivors != line.marks[line.num_out] >> 1)) {
+    return;  // there were no pages for it
+  }
+  const int ring_start =
+      window == 0 ? 0 : (state.ring_start - line.num_out % window + window) % window;
+  uint8_t* newest = spans.newest + span * spans.newest_stride;
+  uint8_t* flags = spans.ring_evict + span * (spans.window + 1);
+  const auto survivor = [&](int slot) {
+    const int page = spans.survivor_pages[span * spans.max_survivor_pages + slot / T::kSlots];
+    return Place{spans.pages + int64_t{page} * T::kPageBytes, T::kSlots, slot % T::kSlots};
+  };
+  const auto ring = [&](int slot) {
+    const int page = spans.ring_pages[span * spans.ring_pages_per_span + slot / T::kSlots];
+    return Place{spans.pages + int64_t{page} * T::kPageBytes, T::kSlots, slot % T::kSlots};
+  };
+  const auto chunk_row = [&](int token) {
+    const int64_t row = int64_t{s.row + token} * b.num_kv_heads + g;
+    return Place{const_cast<uint8_t*>(p.rows) + row * kTokenBytes, 1, 0};
+  };
+  const int had_newest = s.num_prefix > 0 ? 1 : 0;
+  const int own_mark = first + lane < line.length ? line.marks[first + lane] : 0;
+  const int in_eight = lane % 8;
+  for (int turn = 0; turn < 8; ++turn) {
+    const int offset = lane / 8 + 4 * turn, i = first + offset;
+    const int mark = __shfl_sync(kAll, own_mark, offset);
+    if (i >= line.length || i < line.num_ring) continue;
+    const bool was_newest = had_newest == 1 && i == line.num_ring;
+    const Place from = was_newest ? Place{newest, 1, 0} : chunk_row(i - s.num_prefix);
+    if (i >= line.num_out && i + 1 < line.length) {
+      const int slot = (ring_start + i) % window;
+      const Place to = ring(slot);
+      const int left = i % window;  // of the line: who had this slot, if anybody
+      if (left < line.num_ring) {
+        const int mark_left = line.marks[left];
+        if ((mark_left & 1) != 0) CopyToken<T, 8>(to, survivor(mark_left >> 1), in_eight);
+      }
+      CopyToken<T, 8>(from, to, in_eight);
+      if (in_eight == 0) flags[slot] = (mark & 1) == 0 ? 1 : 0;
+    } else if (i < line.num_out && (mark & 1) != 0) {
+      CopyToken<T, 8>(from, survivor(mark >> 1), in_eight);
+    }
+    if (was_newest || (had_newest == 0 && i + 1 == line.length)) {
+      CopyToken<T, 8>(chunk_row(s.num_tokens - 1), Place{newest, 1, 0}, in_eight);
+      if (in_eight == 0 && window > 0) {
+        flags[window] = (line.marks[line.length - 1] & 1) == 0 ? 1 : 0;
+      }
+    }
+  }
+}
+
+template <KvElement kElement, int kDim>
+absl::Status EnqueueTokens(const CacheAppendParams& p, const LayerSpans& spans,
+                           const PrefillScratch& scratch, cudaStream_t stream) {
+  const DmsPrefillBatch& b = p.batch;
+  const dim3 grid(static_cast<unsigned>((b.max_band + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(b.batch), static_cast<unsigned>(b.num_kv_heads));
+  AppendTokensKernel<kElement, kDim><<<grid, kThreads, 0, stream>>>(p, spans, scratch);
+  return CudaStatus(cudaGetLastError());
+}
+
+}  // namespace
+
+absl::Status ValidateCacheAppend(const CacheAppendParams& p) {
+  WINNOW_RETURN_IF_ERROR(
+      internal::ValidateLayer("cache_append", p.batch, p.spans, p.slots, p.layer));
+  if (p.pool.free_pages == nullptr || p.pool.num_free == nullptr || p.pool.exhausted == nullptr) {
+    return absl::InvalidArgumentError("cache_append: a pointer of pool is null");
+  }
+  if (p.rows == nullptr || !Aligned(p.rows, 4)) {
+    return absl::InvalidArgumentError("cache_append: rows is null or misaligned");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LaunchCacheAppend(const CacheAppendParams& params, StreamHandle stream) {
+  WINNOW_RETURN_IF_ERROR(ValidateCacheAppend(params));
+  const DmsPrefillBatch& b = params.batch;
+  if (b.batch == 0 || b.max_band == 0) return absl::OkStatus();
+  const LayerSpans spans = internal::LayerOf(params.spans, params.layer);
+  const PrefillScratch scratch = internal::ScratchOf(b);
+  const int num_spans = b.batch * b.num_kv_heads;
+  AppendPagesKernel<<<static_cast<unsigned>((num_spans + kWarps - 1) / kWarps), kThreads, 0,
+                      stream>>>(params, spans, scratch, params.spans.slots_per_page());
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  const bool bf16 = params.spans.format == KvFormatId::kBf16;
+  if (b.head_dim == 64) {
+    return bf16 ? EnqueueTokens<KvElement::kBf16, 64>(params, spans, scratch, stream)
+                : EnqueueTokens<KvElement::kE4m3, 64>(params, spans, scratch, stream);
+  }
+  return bf16 ? EnqueueTokens<KvElement::kBf16, 128>(params, spans, scratch, stream)
+              : EnqueueTokens<KvElement::kE4m3, 128>(params, spans, scratch, stream);
+}
+
+}  // namespace winnow::kernels

@@ -1,0 +1,141 @@
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/kv_format.h"
+
+// kv_format.h's StoreRow() of one K or V by eight lanes, to the same bits. Lane l of the
+// eight holds dims 16 i + 2 l and 16 i + 2 l + 1, so that the error's sixteen partial
+// sums are the CPU's.
+namespace winnow::kernels::internal {
+
+struct Quarter {
+  int lane;       // in the eight
+  uint32_t mask;  // of the eight in the warp
+};
+
+inline __device__ uint32_t MaxOfQuarter(uint32_t x, const Quarter& quarter) {
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) x = max(x, __shfl_xor_sync(quarter.mask, x, step));
+  return x;
+}
+
+inline __device__ float FromHalf(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+inline __device__ uint16_t RoundToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// |x| <= 448 rounded to e4m3, both halves.
+inline __device__ float2 RoundedToE4m3(float x, float y) {
+  const __nv_fp8x2_storage_t codes =
+      __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, __NV_E4M3);
+  return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
+}
+
+// x / s correctly rounded, `inverse` being 1 / s correctly rounded, wherever a code's rounding
+// can tell. s has at most 11 bits, so the residual is exact and no quotient is a tie of
+// float32; the nearest to one is off by 2^-12 of a unit, the second product by 2^-23 of it.
+inline __device__ float Divide(float x, float s, float inverse) {
+  const float q = __fmul_rn(x, inverse);
+  return copysignf(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q), x);
+}
+
+// kv_format's ScaleFor().
+inline __device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code) {
+  constexpr uint16_t kHalfNan = 0x7e00, kHalfMax = 0x7bff;
+  if (amax_bits >= 0x7f800000u) return kHalfNan;
+  const float amax = __uint_as_float(amax_bits);
+  uint16_t scale = min(RoundToHalf(Divide(amax, max_code, 1.0f / max_code)), kHalfMax);
+  if (scale == 0 || (scale < kHalfMax && __fmul_rn(FromHalf(scale), max_code) < amax)) ++scale;
+  return scale;
+}
+
+// kv_format's E4m3ScaleFor(): `smallest` or sqrt(2) times it. `sums` [2][16] is the
+// eight lanes' own.
+template <int kPairs>
+__device__ uint16_t BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
+                                    const Quarter& quarter, float* sums) {
+  const uint16_t other =
+      min(RoundToHalf(__fmul_rn(FromHalf(smallest), 1.41421356237309504880f)), uint16_t{0x7bff});
+#pragma unroll
+  for (int candidate = 0; candidate < 2; ++candidate) {
+    const float inverse = __frcp_rn(FromHalf(candidate == 0 ? smallest : other));
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float a = fabsf(__fmul_rn(x[i].x, inverse)), b = fabsf(__fmul_rn(x[i].y, inverse));
+      const float2 rounded = RoundedToE4m3(a, b);
+      const float ea = __fsub_rn(a, rounded.x), eb = __fsub_rn(b, rounded.y);
+      sum.x = __fadd_rn(sum.x, __fmul_rn(ea, ea));
+      sum.y = __fadd_rn(sum.y, __fmul_rn(eb, eb));
+    }
+    *reinterpret_cast<float2*>(sums + 16 * candidate + 2 * quarter.lane) = sum;
+  }
+  __syncwarp(quarter.mask);
+  // Even lanes add up the first candidate's sums in order, odd ones the second's.
+  const int mine = quarter.lane & 1;
+  const float4* parts = reinterpret_cast<const float4*>(sums + 16 * mine);
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 part = parts[i];
+    total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, part.x), part.y), part.z), part.w);
+  }
+  const float scale = FromHalf(mine == 0 ? smallest : other);
+  total = __fmul_rn(__fmul_rn(total, scale), scale);
+  const float others = __shfl_xor_sync(quarter.mask, total, 1);
+  __syncwarp(quarter.mask);  // the sums are read
+  return (mine == 0 ? others < total : total < others) ? other : smallest;
+}
+
+// Quantizes the eight lanes' vector: its codes and scale go to the staged row, and x
+// becomes what they stand for.
+template <KvElement kElement, int kPairs>
+__device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* sums,
+                            uint8_t* codes_out, uint8_t* scale_out) {
+  if constexpr (kElement == KvElement::kBf16) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      *reinterpret_cast<uint32_t*>(codes_out + 4 * (8 * i + quarter.lane)) =
+          ptx::PackBf16(x[i].x, x[i].y);
+    }
+  } else {
+    constexpr float kMaxCode = KvElementTraits<kElement>::kMaxCode;
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      amax = max(amax,
+                 max(__float_as_uint(x[i].x) & 0x7fffffffu, __float_as_uint(x[i].y) & 0x7fffffffu));
+    }
+    uint16_t half = ScaleFor(MaxOfQuarter(amax, quarter), kMaxCode);
+    const bool finite = half != 0x7e00;  // otherwise codes are 0 and values NaN
+    const uint16_t mask = finite ? 0xffff : 0;
+    if constexpr (kElement == KvElement::kE4m3) {
+      const uint16_t better = BetterE4m3Scale(x, half, quarter, sums);
+      if (finite) half = better;
+    }
+    const float scale = FromHalf(half), inverse = __frcp_rn(scale);
+    if (quarter.lane == 0) *reinterpret_cast<uint16_t*>(scale_out) = half;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float a = Divide(x[i].x, scale, inverse), b = Divide(x[i].y, scale, inverse);
+      uint16_t codes;
+      float2 value;
+      if constexpr (kElement == KvElement::kE4m3) {
+        codes = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+        value = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
+      } else {
+        const int ia = __float2int_rn(fminf(fmaxf(a, -127.0f), 127.0f));
+        const int ib = __float2int_rn(fminf(fmaxf(b, -127.0f), 127.0f));
+        codes = static_cast<uint16_t>((ia & 0xff) | (ib & 0xff) << 8);
+        value = make_float2(static_cast<float>(ia), static_cast<float>(ib));
+      }
+      *reinterpret_cast<uint16_t*>(codes_out + 2 * (8 * i + quarter.lane)) = codes & mask;
+      x[i] = make_float2(__fmul_rn(scale, value.x), __fmul_rn(scale, value.y));
+    }
+  }
+}
+
+}  // namespace winnow::kernels::internal

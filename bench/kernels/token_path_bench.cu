@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "bench/kernels/cuda_check.h"
+#include "kernels/cuda/crc32c.h"
 #include "kernels/cuda/embedding.h"
+#include "kernels/cuda/kv_pack.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/sample.h"
 #include "kernels/cuda/swiglu.h"
@@ -280,11 +282,74 @@ void RunSample(Bench& bench) {
   Check(cudaFree(logits));
 }
 
+// A sequence of 8K: 36 layers of 8 heads, window 256, an eighth of the older tokens kept, fp8, 128
+// channels, pages at random places.
+void RunPack(Bench& bench) {
+  constexpr int kLayers = 36, kHeads = 8, kDim = 128, kWindow = 256, kSurvivors = 991;
+  DeviceSpans spans{.head_dim = kDim,
+                    .window = kWindow,
+                    .num_layers = kLayers,
+                    .max_sequences = 1,
+                    .num_kv_heads = kHeads};
+  const int slots = spans.slots_per_page(), ring = spans.ring_pages_per_span();
+  spans.max_survivor_pages = (kSurvivors + slots - 1) / slots / 4 * 4 + 4;
+  const size_t n = static_cast<size_t>(spans.num_spans());
+  const size_t survivors = static_cast<size_t>(spans.max_survivor_pages);
+  std::vector<int32_t> order(n * (survivors + static_cast<size_t>(ring)));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+  std::shuffle(order.begin(), order.end(), std::mt19937(3));
+  const auto cut = order.begin() + static_cast<std::ptrdiff_t>(n * survivors);
+  spans.pages = Random<uint8_t>(order.size() * PageBytes(kDim));
+  spans.state = Upload(std::vector<SpanState>(n, {kSurvivors, kWindow, 100, 8192}));
+  spans.survivor_pages = Upload(std::vector<int32_t>(order.begin(), cut));
+  spans.ring_pages = Upload(std::vector<int32_t>(cut, order.end()));
+  spans.newest = Random<uint8_t>(n * static_cast<size_t>(spans.newest_stride()));
+  spans.ring_evict = Random<uint8_t>(n * static_cast<size_t>(spans.evict_stride()), 0x01010101, 0);
+  const double item = kHeads * (12.0 + (kSurvivors + kWindow + 1) * 260.0 + kWindow);
+  const int64_t staging_bytes =
+      kLayers * (static_cast<int64_t>(item) + 15) / 16 * 16 + 16 * kLayers;
+  uint8_t* staging = Random<uint8_t>(static_cast<size_t>(staging_bytes));
+  const int32_t* slot = Upload(std::vector<int32_t>{0});
+  const int32_t* num_tokens = Upload(std::vector<int32_t>{8192});
+  ByteRange* ranges = Upload(std::vector<ByteRange>(kLayers));
+  uint32_t* crc = Upload(std::vector<uint32_t>(kLayers));
+  Check(cudaDeviceSynchronize());
+  const auto pack = [&](uint32_t* with_crc) {
+    Check(LaunchKvPack({.spans = spans,
+                        .slots = slot,
+                        .num_seqs = 1,
+                        .num_layers = kLayers,
+                        .staging = staging,
+                        .staging_bytes = staging_bytes,
+                        .ranges = ranges,
+                        .crc = with_crc},
+                       bench.stream()));
+  };
+  pack(crc);
+  bench.Flushed("kv_pack/8k", 2 * kLayers * item, [&] { pack(nullptr); });
+  bench.Flushed("kv_pack_crc/8k", 2 * kLayers * item, [&] { pack(crc); });
+  bench.Flushed("crc32c/8k", kLayers * item, [&] {
+    Check(
+        LaunchCrc32c({staging, ranges, crc, kLayers, static_cast<int64_t>(item)}, bench.stream()));
+  });
+  bench.Flushed("kv_unpack/8k", 2 * kLayers * item, [&] {
+    Check(LaunchKvUnpack({.spans = spans,
+                          .slots = slot,
+                          .num_tokens = num_tokens,
+                          .num_seqs = 1,
+                          .num_layers = kLayers,
+                          .staging = staging,
+                          .ranges = ranges},
+                         bench.stream()));
+  });
+}
+
 int Main(int argc, char** argv) {
   Bench bench(argc > 1 ? argv[1] : "", argc > 2 ? std::atoi(argv[2]) : 15);
   RunElementwise(bench);
   RunPrimitives(bench);
   RunSample(bench);
+  RunPack(bench);
   return 0;
 }
 

@@ -1,0 +1,357 @@
+// Rows to e4m3, bit by bit, and cuBLASLt's products, on integers exactly.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/base/fp8.h"
+#include "kernels/cuda/cublaslt_matmul.h"
+#include "kernels/cuda/matmul_quantize.h"
+#include "tests/kernels/device_memory.h"
+
+namespace winnow::kernels {
+namespace {
+
+// Rows of x of every size: zeros, subnormals, large ones, one NaN, one infinity.
+std::vector<Bf16> RowsToQuantize(int m, int ldx) {
+  std::mt19937 rng(static_cast<unsigned>(m + ldx));
+  std::normal_distribution<float> normal;
+  std::vector<Bf16> x(static_cast<size_t>(m) * static_cast<size_t>(ldx));
+  const float sizes[] = {1.0f, 0.0f, 0x1p-130f, 0x1p-20f, 0x1p100f, 3.0f, 0.01f};
+  for (size_t i = 0; i < x.size(); ++i) {
+    x[i] = ToBf16(normal(rng) * sizes[i / static_cast<size_t>(ldx) % std::size(sizes)]);
+  }
+  return x;
+}
+
+struct QuantizeCase {
+  int m, k, pad;
+  friend void PrintTo(const QuantizeCase& c, std::ostream* os) { *os << c.m << "x" << c.k; }
+};
+
+class QuantizeRowsGpu : public testing::TestWithParam<QuantizeCase> {
+ protected:
+  void SetUp() override { RequireGpu(); }
+};
+
+TEST_P(QuantizeRowsGpu, HasTheBitsOfItsDefinition) {
+  const QuantizeCase& c = GetParam();
+  const size_t m = static_cast<size_t>(c.m), k = static_cast<size_t>(c.k);
+  const int ldx = c.k + 8 * c.pad;
+  std::vector<Bf16> x = RowsToQuantize(c.m, ldx);
+  for (size_t i = 0; i < m; ++i) {  // nobody's
+    for (size_t j = k; j < static_cast<size_t>(ldx); ++j) {
+      x[i * static_cast<size_t>(ldx) + j] = Bf16{0xffff};
+    }
+  }
+  if (c.m > 8) {
+    x[7 * static_cast<size_t>(ldx) + k - 1] = Bf16{0x7fc1};
+    x[8 * static_cast<size_t>(ldx)] = Bf16{0xff80};
+  }
+  DeviceArray<Bf16> d_x(x);
+  DeviceArray<uint8_t> codes(m * k);
+  DeviceArray<float> scale(m);
+  const absl::Status status = LaunchQuantizeRows(
+      {.x = d_x.get(), .codes = codes.get(), .scale = scale.get(), .m = c.m, .k = c.k, .ldx = ldx},
+      nullptr);
+  ASSERT_TRUE(status.ok()) << status;
+  const std::vector<uint8_t> got = codes.Get();
+  const std::vector<float> got_scale = scale.Get();
+  for (size_t i = 0; i < m; ++i) {
+    float top = 0x1p-100f;
+    bool finite = true;
+    for (size_t j = 0; j < k; ++j) {
+      const float v = ToFloat(x[i * static_cast<size_t>(ldx) + j]);
+      finite = finite && std::isfinite(v);
+      top = std::max(top, std::abs(v));
+    }
+    if (!finite) {
+      EXPECT_TRUE(std::isnan(got_scale[i]));
+      for (size_t j = 0; j < k; ++j) ASSERT_EQ(got[i * k + j], 0);
+      continue;
+    }
+    const float s = top / 448.0f;
+    ASSERT_EQ(got_scale[i], s) << "row " << i;
+    for (size_t j = 0; j < k; ++j) {
+      const float v = ToFloat(x[i * static_cast<size_t>(ldx) + j]);
+      ASSERT_EQ(got[i * k + j], ToE4m3(v / s)) << "row " << i << " column " << j;
+      ASSERT_LE(std::abs(double{v} - double{s} * E4m3ToFloat(got[i * k + j])),
+                std::max(std::abs(v) * 0x1p-4, s * 0x1p-10) + std::abs(v) * 0x1p-23);
+    }
+  }
+}
+
+TEST_P(QuantizeRowsGpu, MultipliesBySilu) {
+  const QuantizeCase& c = GetParam();
+  const size_t m = static_cast<size_t>(c.m), k = static_cast<size_t>(c.k);
+  const int ldx = 2 * c.k + 8 * c.pad;
+  const std::vector<Bf16> x = RowsToQuantize(c.m, ldx);
+  DeviceArray<Bf16> d_x(x);
+  DeviceArray<uint8_t> codes(m * k);
+  DeviceArray<float> scale(m);
+  const absl::Status status = LaunchQuantizeRows({.x = d_x.get(),
+                                                  .codes = codes.get(),
+                                                  .scale = scale.get(),
+                                                  .m = c.m,
+                                                  .k = c.k,
+                                                  .ldx = ldx,
+                                                  .silu_mul = true},
+                                                 nullptr);
+  ASSERT_TRUE(status.ok()) << status;
+  const std::vector<uint8_t> got = codes.Get();
+  const std::vector<float> got_scale = scale.Get();
+  for (size_t i = 0; i < m; ++i) {
+    std::vector<double> v(k);
+    double top = 0x1p-100;
+    for (size_t j = 0; j < k; ++j) {
+      const double gate = ToFloat(x[i * static_cast<size_t>(ldx) + j]);
+      v[j] = gate / (1.0 + std::exp(-gate)) * ToFloat(x[i * static_cast<size_t>(ldx) + k + j]);
+      top = std::max(top, std::abs(v[j]));
+    }
+    if (top > 0x1p127) continue;  // the float product overflows
+    // exp, sum, quotient and product: less than 8 roundings; subnormals may become 0.
+    ASSERT_NEAR(got_scale[i], top / 448, top / 448 * 0x1p-20) << "row " << i;
+    for (size_t j = 0; j < k; ++j) {
+      ASSERT_LE(std::abs(v[j] - double{got_scale[i]} * E4m3ToFloat(got[i * k + j])),
+                std::max(std::abs(v[j]) * 0x1p-4, got_scale[i] * 0x1p-10) * (1 + 0x1p-18) +
+                    std::abs(v[j]) * 0x1p-19 + 0x1p-120)
+          << "row " << i << " column " << j;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, QuantizeRowsGpu,
+                         testing::Values(QuantizeCase{1, 8, 0}, QuantizeCase{7, 24, 1},
+                                         QuantizeCase{17, 2040, 0}, QuantizeCase{9, 2048, 3},
+                                         QuantizeCase{9, 2056, 0}, QuantizeCase{14, 12288, 1}));
+
+TEST(QuantizeRows, RefusesWhatItCannotDo) {
+  alignas(16) Bf16 x[64]{};
+  alignas(16) uint8_t codes[64]{};
+  float scale[8]{};
+  const QuantizeRowsParams good{.x = x, .codes = codes, .scale = scale, .m = 2, .k = 16, .ldx = 24};
+  EXPECT_TRUE(ValidateQuantizeRows(good).ok());
+  const auto refused = [&](auto change) {
+    QuantizeRowsParams p = good;
+    change(p);
+    return ValidateQuantizeRows(p).code() == absl::StatusCode::kInvalidArgument;
+  };
+  EXPECT_TRUE(refused([](auto& p) { p.m = -1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.k = 12; }));
+  EXPECT_TRUE(refused([](auto& p) { p.k = 0; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldx = 20; }));
+  EXPECT_TRUE(refused([](auto& p) { p.silu_mul = true; }));
+  EXPECT_TRUE(refused([](auto& p) { p.codes = nullptr; }));
+  EXPECT_TRUE(refused([](auto& p) { p.scale = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.x = x + 1; }));
+}
+
+struct MatmulCase {
+  std::string name;
+  int m, n, k;
+  MatmulType type = MatmulType::kBf16;
+  MatmulScales scales = MatmulScales::kPerTensor;
+  bool bf16_out = false, accumulate = false;
+  int pad = 0;  // 16 elements each, past the rows of x and of out
+  friend void PrintTo(const MatmulCase& c, std::ostream* os) { *os << c.name; }
+};
+
+class MatmulGpu : public testing::TestWithParam<MatmulCase> {
+ protected:
+  void SetUp() override {
+    RequireGpu();
+    if (IsSkipped()) return;
+    absl::StatusOr<std::unique_ptr<CublasLt>> made = CublasLt::Create();
+    ASSERT_TRUE(made.ok()) << made.status();
+    lt_ = *std::move(made);
+  }
+  std::unique_ptr<CublasLt> lt_;
+};
+
+// Values are small integers, so that every sum is one too, below 2^13: exact in any order, also
+// where FP8 tensor cores keep 14 bits of it.
+TEST_P(MatmulGpu, IsExactOnIntegersAndRepeats) {
+  const MatmulCase& c = GetParam();
+  const bool e4m3 = c.type == MatmulType::kE4m3;
+  const size_t m = static_cast<size_t>(c.m), n = static_cast<size_t>(c.n),
+               k = static_cast<size_t>(c.k), size = e4m3 ? 1 : 2;
+  const size_t ldx = k + 16 * static_cast<size_t>(c.pad), ldo = n + 16 * static_cast<size_t>(c.pad);
+  std::mt19937 rng(static_cast<unsigned>(c.m + c.n * 3 + c.k));
+  std::vector<int> x(m * k), w(n * k);
+  for (int& v : x) v = static_cast<int>(rng() % 5) - 2;
+  for (int& v : w) v = static_cast<int>(rng() % 5) - 2;
+  std::vector<uint8_t> x_bytes(m * ldx * size, 0xff), w_bytes(n * k * size);
+  const auto put = [&](std::vector<uint8_t>& to, size_t at, int v) {
+    const Bf16 bf16 = ToBf16(static_cast<float>(v));
+    if (e4m3) {
+      to[at] = ToE4m3(static_cast<float>(v));
+    } else {
+      std::memcpy(&to[2 * at], &bf16, 2);
+    }
+  };
+  for (size_t i = 0; i < m; ++i) {
+    for (size_t j = 0; j < k; ++j) put(x_bytes, i * ldx + j, x[i * k + j]);
+  }
+  for (size_t i = 0; i < w.size(); ++i) put(w_bytes, i, w[i]);
+  std::vector<float> x_scale(c.scales == MatmulScales::kPerRow ? m : 1), w_scale = x_scale;
+  w_scale.resize(c.scales == MatmulScales::kPerRow ? n : 1);
+  for (float& v : x_scale) v = 0.5f + static_cast<float>(rng() % 100) / 100.0f;
+  for (float& v : w_scale) v = 0.5f + static_cast<float>(rng() % 100) / 100.0f;
+  const size_t out_size = c.bf16_out ? 2 : 4;
+  std::vector<float> old(m * ldo);
+  for (float& v : old) v = RoundToBf16(static_cast<float>(rng() % 1000) - 500.0f);
+  std::vector<uint8_t> old_bytes(m * ldo * out_size);
+  for (size_t i = 0; i < old.size(); ++i) {
+    const Bf16 bf16 = ToBf16(old[i]);
+    std::memcpy(&old_bytes[i * out_size], c.bf16_out ? static_cast<const void*>(&bf16) : &old[i],
+                out_size);
+  }
+  DeviceArray<uint8_t> d_x(x_bytes), d_w(w_bytes), out(m * ldo * out_size),
+      workspace(size_t{8} << 20);
+  DeviceArray<float> d_x_scale(x_scale), d_w_scale(w_scale);
+  const MatmulParams params{.x = d_x.get(),
+                            .w = d_w.get(),
+                            .x_scale = e4m3 ? d_x_scale.get() : nullptr,
+                            .w_scale = e4m3 ? d_w_scale.get() : nullptr,
+                            .out_f32 = c.bf16_out ? nullptr : reinterpret_cast<float*>(out.get()),
+                            .out_bf16 = c.bf16_out ? reinterpret_cast<Bf16*>(out.get()) : nullptr,
+                            .workspace = workspace.get(),
+                            .workspace_bytes = workspace.size(),
+                            .m = c.m,
+                            .n = c.n,
+                            .k = c.k,
+                            .ldx = static_cast<int64_t>(ldx),
+                            .ldo = static_cast<int64_t>(ldo),
+                            .type = c.type,
+                            .scales = c.scales,
+                            .accumulate = c.accumulate};
+  // Outright, then from a graph; both are one plan.
+  cudaStream_t stream;
+  ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+  std::vector<uint8_t> got[2];
+  for (int run = 0; run < 2; ++run) {
+    out.Fill(0xff);
+    if (c.accumulate) out.Set(old_bytes);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    if (run == 1) {
+      ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    }
+    const absl::Status status = lt_->Launch(params, stream);
+    if (run == 1) {
+      ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+      ASSERT_EQ(cudaGraphLaunch(exec, stream), cudaSuccess);
+    }
+    ASSERT_TRUE(status.ok()) << status;
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    if (run == 1) {
+      cudaGraphExecDestroy(exec);
+      cudaGraphDestroy(graph);
+    }
+    got[run] = out.Get();
+  }
+  cudaStreamDestroy(stream);
+  EXPECT_EQ(got[0], got[1]);
+  EXPECT_EQ(lt_->num_plans(), 1u);
+  for (size_t i = 0; i < m; ++i) {
+    for (size_t j = 0; j < ldo; ++j) {
+      const size_t at = (i * ldo + j) * out_size;
+      if (j >= n) {
+        if (!c.accumulate) {
+          ASSERT_EQ(got[0][at], 0xff) << "past row " << i;
+        }
+        continue;
+      }
+      int sum = 0;
+      for (size_t l = 0; l < k; ++l) sum += x[i * k + l] * w[j * k + l];
+      double want = sum;
+      if (e4m3) {
+        want *= double{x_scale[x_scale.size() == 1 ? 0 : i]} *
+                double{w_scale[w_scale.size() == 1 ? 0 : j]};
+      }
+      double size_of = std::abs(want);
+      if (c.accumulate) {
+        want += old[i * ldo + j];
+        size_of += std::abs(old[i * ldo + j]);
+      }
+      float value;
+      if (c.bf16_out) {
+        Bf16 bits;
+        std::memcpy(&bits, &got[0][at], 2);
+        value = ToFloat(bits);
+      } else {
+        std::memcpy(&value, &got[0][at], 4);
+      }
+      // Two scales and an addition in float; BF16 rounds once more.
+      ASSERT_NEAR(value, want, size_of * 0x1p-22 + (c.bf16_out ? std::abs(want) * 0x1p-8 : 0))
+          << "row " << i << " column " << j;
+    }
+  }
+}
+
+std::vector<MatmulCase> MatmulCases() {
+  std::vector<MatmulCase> cases;
+  for (const int m : {1, 16, 17, 129}) {
+    const std::string tail = "_m" + std::to_string(m);
+    cases.push_back({.name = "bf16" + tail, .m = m, .n = 200, .k = 264});
+    cases.push_back({.name = "bf16_to_bf16" + tail, .m = m, .n = 72, .k = 1024, .bf16_out = true});
+    cases.push_back({.name = "bf16_add_apart" + tail,
+                     .m = m,
+                     .n = 136,
+                     .k = 512,
+                     .accumulate = true,
+                     .pad = 1});
+    for (const MatmulScales scales : {MatmulScales::kPerTensor, MatmulScales::kPerRow}) {
+      const std::string name =
+          (scales == MatmulScales::kPerRow ? "e4m3_rows" : "e4m3_tensor") + tail;
+      const MatmulCase base{
+          .name = name, .m = m, .n = 208, .k = 272, .type = MatmulType::kE4m3, .scales = scales};
+      cases.push_back(base);
+      cases.push_back(base);
+      cases.back().name = name + "_to_bf16_apart";
+      cases.back().bf16_out = true;
+      cases.back().pad = 2;
+      cases.push_back(base);
+      cases.back().name = name + "_add";
+      cases.back().k = 1024;
+      cases.back().accumulate = true;
+    }
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MatmulGpu, testing::ValuesIn(MatmulCases()),
+                         [](const auto& c) { return c.param.name; });
+
+TEST(Matmul, RefusesWhatItCannotDo) {
+  alignas(256) Bf16 x[256]{};
+  alignas(16) float out[256]{};
+  const MatmulParams good{
+      .x = x, .w = x, .out_f32 = out, .m = 2, .n = 16, .k = 16, .ldx = 16, .ldo = 16};
+  EXPECT_TRUE(ValidateMatmul(good).ok());
+  const auto refused = [&](auto change) {
+    MatmulParams p = good;
+    change(p);
+    return ValidateMatmul(p).code() == absl::StatusCode::kInvalidArgument;
+  };
+  EXPECT_TRUE(refused([](auto& p) { p.m = -1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.n = 0; }));
+  EXPECT_TRUE(refused([](auto& p) { p.k = 12; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldx = 8; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldo = 18; }));
+  EXPECT_TRUE(refused([](auto& p) { p.w = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.x = x + 1; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.x_scale = out; }));
+  EXPECT_TRUE(refused([](auto& p) { p.type = MatmulType::kE4m3; }));
+  EXPECT_TRUE(refused([](auto& p) { p.out_f32 = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.out_bf16 = x; }));
+  EXPECT_TRUE(refused([](auto& p) { p.workspace_bytes = 1; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.workspace = x + 8; }));
+}
+
+}  // namespace
+}  // namespace winnow::kernels

@@ -1,0 +1,316 @@
+// LaunchGemv against sums in double, with the bound of what a float sum may lose.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/base/fp8.h"
+#include "kernels/cuda/gemv.h"
+#include "tests/kernels/device_memory.h"
+
+namespace winnow::kernels {
+namespace {
+
+struct GemvCase {
+  std::string name;
+  int m = 1, n = 1, k = 16;
+  GemvWeights weights = GemvWeights::kBf16;
+  GemvEpilogue epilogue = GemvEpilogue::kStore;
+  bool bf16_out = false;
+  int pad = 0;     // elements past each row of x (8 times as many) and of out
+  int offset = 0;  // 16 bytes each: where x and w begin
+
+  friend void PrintTo(const GemvCase& c, std::ostream* os) { *os << c.name; }
+};
+
+// Random inputs on the host and the device, and what they give in double.
+class GemvRun {
+ public:
+  explicit GemvRun(const GemvCase& c)
+      : c_(c),
+        e4m3_(c.weights == GemvWeights::kE4m3),
+        columns_(c.epilogue == GemvEpilogue::kSiluMul ? c.n / 2 : c.n),
+        ldx_(c.k + 8 * c.pad),
+        ldo_(columns_ + c.pad),
+        x_(Size(c.m) * Size(ldx_) + Offset(8)),
+        w_(Size(c.n) * Size(c.k) * (e4m3_ ? 1 : 2) + Offset(16)),
+        scale_(Size(c.n)),
+        out_((Size(c.m) * Size(ldo_)) * (c.bf16_out ? 2 : 4)) {
+    std::mt19937 rng(static_cast<unsigned>(c.m * 7919 + c.n * 31 + c.k));
+    std::normal_distribution<float> normal;
+    // What lies past the rows is NaN.
+    std::vector<Bf16> x(x_.size(), Bf16{0xffff});
+    x_values_.resize(Size(c.m) * Size(c.k));
+    for (int i = 0; i < c.m; ++i) {
+      for (int j = 0; j < c.k; ++j) {
+        const Bf16 value = ToBf16(normal(rng) * std::exp2(static_cast<float>(i - 4)));
+        x[Offset(8) + Size(i) * Size(ldx_) + Size(j)] = value;
+        x_values_[Size(i) * Size(c.k) + Size(j)] = ToFloat(value);
+      }
+    }
+    x_.Set(x);
+    std::vector<uint8_t> w(w_.size(), 0xff);
+    std::vector<float> scale(Size(c.n), 1.0f);
+    w_values_.resize(Size(c.n) * Size(c.k));
+    for (int j = 0; j < c.n; ++j) {
+      if (e4m3_) scale[Size(j)] = 0.01f * (1.0f + static_cast<float>(rng() % 1000) / 500.0f);
+    }
+    for (size_t i = 0; i < w_values_.size(); ++i) {
+      if (e4m3_) {
+        uint8_t code = static_cast<uint8_t>(rng());  // every one, subnormals too, but NaN
+        if ((code & 0x7f) == 0x7f) code ^= 1;
+        w[Offset(16) + i] = code;
+        w_values_[i] = E4m3ToFloat(code);
+      } else {
+        const Bf16 value = ToBf16(normal(rng));
+        std::memcpy(&w[Offset(16) + 2 * i], &value, 2);
+        w_values_[i] = ToFloat(value);
+      }
+    }
+    w_.Set(w);
+    scale_.Set(scale);
+    scale_values_ = scale;
+    old_.resize(Size(c.m) * Size(ldo_));
+    for (float& value : old_) value = normal(rng);
+  }
+
+  // Rows [first, first + m) of the product, as floats, [m, columns]; m rows are launched. What
+  // lies past a row of `out` must stay.
+  std::vector<float> Launch(int first, int m, bool portable) {
+    out_.Fill(0xff);
+    if (c_.epilogue == GemvEpilogue::kAdd) SetOld(first);
+    const absl::Status status =
+        LaunchGemv({.x = x_.get() + Offset(8) + Size(first) * Size(ldx_),
+                    .w = w_.get() + Offset(16),
+                    .w_scale = e4m3_ ? scale_.get() : nullptr,
+                    .out_f32 = c_.bf16_out ? nullptr : reinterpret_cast<float*>(out_.get()),
+                    .out_bf16 = c_.bf16_out ? reinterpret_cast<Bf16*>(out_.get()) : nullptr,
+                    .m = m,
+                    .n = c_.n,
+                    .k = c_.k,
+                    .ldx = ldx_,
+                    .ldo = ldo_,
+                    .weights = c_.weights,
+                    .epilogue = c_.epilogue,
+                    .portable = portable},
+                   nullptr);
+    EXPECT_TRUE(status.ok()) << status;
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    const std::vector<uint8_t> bytes = out_.Get();
+    std::vector<float> rows;
+    for (int i = 0; i < c_.m; ++i) {
+      for (int j = 0; j < ldo_; ++j) {
+        const size_t at = Size(i) * Size(ldo_) + Size(j);
+        uint32_t bits = 0;
+        std::memcpy(&bits, &bytes[at * (c_.bf16_out ? 2 : 4)], c_.bf16_out ? 2 : 4);
+        const float value =
+            c_.bf16_out ? ToFloat(Bf16{static_cast<uint16_t>(bits)}) : std::bit_cast<float>(bits);
+        if (i < m && j < columns_) {
+          rows.push_back(value);
+        } else {
+          EXPECT_TRUE(std::isnan(value) || c_.epilogue == GemvEpilogue::kAdd)
+              << "row " << i << " column " << j << " was written";
+        }
+      }
+    }
+    return rows;
+  }
+
+  void ExpectClose(const std::vector<float>& got) const {
+    ASSERT_EQ(got.size(), Size(c_.m) * Size(columns_));
+    for (int i = 0; i < c_.m; ++i) {
+      for (int j = 0; j < columns_; ++j) {
+        const Sum y = SumOf(i, j);
+        Sum want = y;
+        if (c_.epilogue == GemvEpilogue::kAdd) {
+          want.value += old_[Size(i) * Size(ldo_) + Size(j)];
+          want.error += std::abs(want.value) * 0x1p-24;
+        } else if (c_.epilogue == GemvEpilogue::kSiluMul) {
+          const Sum up = SumOf(i, columns_ + j);
+          const double silu = y.value / (1.0 + std::exp(-y.value));
+          want.value = silu * up.value;
+          // |silu'| < 1.1; exp, sum, quotient and product: less than 8 roundings.
+          want.error = 1.1 * y.error * (std::abs(up.value) + up.error) + std::abs(silu) * up.error +
+                       std::abs(want.value) * 0x1p-20;
+        }
+        if (c_.bf16_out) want.error += (std::abs(want.value) + want.error) * 0x1p-8;
+        const double value = got[Size(i) * Size(columns_) + Size(j)];
+        ASSERT_LE(std::abs(value - want.value), want.error)
+            << c_.name << " row " << i << " column " << j << ": " << value << " for " << want.value;
+      }
+    }
+  }
+
+ private:
+  struct Sum {
+    double value = 0, error = 0;
+  };
+
+  static size_t Size(int n) { return static_cast<size_t>(n); }
+  size_t Offset(size_t elements) const { return Size(c_.offset) * elements; }
+  void SetOld(int first) {
+    std::vector<uint8_t> bytes(out_.size());
+    const size_t from = Size(first) * Size(ldo_);
+    std::memcpy(bytes.data(), old_.data() + from, (old_.size() - from) * sizeof(float));
+    out_.Set(bytes);
+  }
+
+  // Products are exact in float. A tensor core's sum of 16 products and what was there loses at
+  // most 2^-23 of the largest for each; eight warps each sum an eighth of k, and what they and
+  // eight slices have is added by less than 16 roundings.
+  Sum SumOf(int i, int j) const {
+    double value = 0, size = 0;
+    for (int k = 0; k < c_.k; ++k) {
+      const double product = double{x_values_[Size(i) * Size(c_.k) + Size(k)]} *
+                             double{w_values_[Size(j) * Size(c_.k) + Size(k)]};
+      value += product;
+      size += std::abs(product);
+    }
+    const double scale = scale_values_[Size(j)];
+    double error = size * (c_.k / 8 + 32 + 16) * 0x1p-23;
+    if (e4m3_) error += WeightSize(j) * LargestX(i) * 0x1p-39;  // x as float16
+    return {value * scale, error * scale};
+  }
+
+  double WeightSize(int j) const {
+    double size = 0;
+    for (int k = 0; k < c_.k; ++k) size += std::abs(w_values_[Size(j) * Size(c_.k) + Size(k)]);
+    return size;
+  }
+  double LargestX(int i) const {
+    double largest = 0;
+    for (int k = 0; k < c_.k; ++k) {
+      largest = std::max<double>(largest, std::abs(x_values_[Size(i) * Size(c_.k) + Size(k)]));
+    }
+    return largest;
+  }
+
+  const GemvCase c_;
+  const bool e4m3_;
+  const int columns_, ldx_, ldo_;
+  DeviceArray<Bf16> x_;
+  DeviceArray<uint8_t> w_;
+  DeviceArray<float> scale_;
+  DeviceArray<uint8_t> out_;
+  std::vector<float> x_values_, w_values_, scale_values_, old_;
+};
+
+class GemvGpu : public testing::TestWithParam<GemvCase> {
+ protected:
+  void SetUp() override { RequireGpu(); }
+};
+
+bool SameBits(const std::vector<float>& a, const float* b) {
+  return std::memcmp(a.data(), b, a.size() * sizeof(float)) == 0;
+}
+
+TEST_P(GemvGpu, IsWithinTheBoundAndARowStandsAlone) {
+  const GemvCase& c = GetParam();
+  GemvRun run(c);
+  for (const bool portable : {false, true}) {
+    const std::vector<float> got = run.Launch(0, c.m, portable);
+    run.ExpectClose(got);
+    if (HasFatalFailure()) return;
+    EXPECT_TRUE(SameBits(run.Launch(0, c.m, portable), got.data())) << "a second run differs";
+    const size_t columns = got.size() / static_cast<size_t>(c.m);
+    for (const int row : {0, c.m / 2, c.m - 1}) {
+      EXPECT_TRUE(SameBits(run.Launch(row, 1, portable), &got[static_cast<size_t>(row) * columns]))
+          << "row " << row << " alone differs";
+    }
+  }
+}
+
+std::vector<GemvCase> GemvCases() {
+  std::vector<GemvCase> cases;
+  for (const GemvWeights weights : {GemvWeights::kBf16, GemvWeights::kE4m3}) {
+    const bool e4m3 = weights == GemvWeights::kE4m3;
+    const auto add = [&](int m, int n, int k, GemvEpilogue epilogue = GemvEpilogue::kStore,
+                         bool bf16_out = false, int pad = 0, int offset = 0) {
+      const char* names[] = {"", "_add", "_silu"};
+      cases.push_back({.name = std::string(e4m3 ? "e4m3" : "bf16") + "_m" + std::to_string(m) +
+                               "_n" + std::to_string(n) + "_k" + std::to_string(k) +
+                               names[static_cast<int>(epilogue)] + (bf16_out ? "_to_bf16" : "") +
+                               (pad + offset > 0 ? "_apart" : ""),
+                       .m = m,
+                       .n = n,
+                       .k = k,
+                       .weights = weights,
+                       .epilogue = epilogue,
+                       .bf16_out = bf16_out,
+                       .pad = pad,
+                       .offset = offset});
+    };
+    add(1, 1, e4m3 ? 16 : 8);
+    for (int m = 1; m <= kMaxGemvRows; ++m) add(m, 37, 208);
+    for (const int n : {15, 16, 17, 31, 2113}) add(3, n, 64);
+    // Around a step of 64 bytes, a stage and a slice; 2, 3 and 8 slices.
+    for (const int k :
+         {48, 80, 496, 512, 528, 1008, 1024, 1040, 2064, 4080, 4096, 4112, 8208, 12288, 32768}) {
+      add(5, 19, k);
+      add(9, 50, k);
+    }
+    // Blocks with many tiles, also of a cluster.
+    add(2, 9511, 512);
+    add(2, 9511, 8192);
+    add(16, 1000, 12288);
+    for (const int m : {1, 7, 16}) {
+      add(m, 2113, 576, GemvEpilogue::kAdd, false, 3, 1);
+      add(m, 2 * 1063, 576, GemvEpilogue::kSiluMul, true, 1, 3);
+      add(m, 2 * 13, 4112, GemvEpilogue::kSiluMul, false, 5);
+      add(m, 261, 4112, GemvEpilogue::kAdd);
+      add(m, 77, 8208, GemvEpilogue::kStore, true, 2, 5);
+    }
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, GemvGpu, testing::ValuesIn(GemvCases()),
+                         [](const auto& c) { return c.param.name; });
+
+TEST(Gemv, RefusesWhatItCannotDo) {
+  alignas(16) Bf16 x[64]{};
+  alignas(16) Bf16 w[64]{};
+  float out[64]{};
+  const GemvParams good{
+      .x = x, .w = w, .out_f32 = out, .m = 1, .n = 2, .k = 16, .ldx = 16, .ldo = 2};
+  EXPECT_TRUE(ValidateGemv(good).ok());
+  const auto refused = [&](auto change) {
+    GemvParams p = good;
+    change(p);
+    return ValidateGemv(p).code() == absl::StatusCode::kInvalidArgument;
+  };
+  EXPECT_TRUE(refused([](auto& p) { p.m = 17; }));
+  EXPECT_TRUE(refused([](auto& p) { p.m = -1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.n = 0; }));
+  EXPECT_TRUE(refused([](auto& p) { p.k = 12; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldx = 8; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldx = 20; }));
+  EXPECT_TRUE(refused([](auto& p) { p.ldo = 1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.x = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.x = x + 1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.w = nullptr; }));
+  EXPECT_TRUE(refused([](auto& p) { p.out_f32 = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.out_bf16 = x; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.w_scale = out; }));
+  EXPECT_TRUE(refused([](auto& p) { p.weights = GemvWeights::kE4m3; }));
+  EXPECT_TRUE(refused([](auto& p) {
+    p.n = 3;
+    p.ldo = 3;
+    p.epilogue = GemvEpilogue::kSiluMul;
+  }));
+  EXPECT_TRUE(refused([&](auto& p) {
+    p.epilogue = GemvEpilogue::kAdd;
+    p.out_f32 = nullptr;
+    p.out_bf16 = x;
+  }));
+  GemvParams large = good;
+  large.k = kMaxGemvK + 16;
+  large.ldx = large.k;
+  EXPECT_EQ(ValidateGemv(large).code(), absl::StatusCode::kUnimplemented);
+}
+
+}  // namespace
+}  // namespace winnow::kernels

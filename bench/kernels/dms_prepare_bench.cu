@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bench/kernels/bench_memory.cuh"
+#include "kernels/cuda/dms_logits.h"
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/cuda/prefix_cache.h"
 #include "kernels/rope.h"
@@ -85,6 +86,27 @@ class Bench {
                           kKvHeads * (static_cast<double>(row_bytes) + 1.0) + 4.0 * head_dim + 4.0);
     Print(name, us, bytes);
     std::printf(", \"lay_out_us\": %.2f}\n", lay_out);
+    std::fflush(stdout);
+  }
+
+  // Of a separate projection, eight heads.
+  void Logits(const std::string& name, int m, int hidden) {
+    if (!Wanted(name)) return;
+    BenchMemory memory;
+    const size_t rows = static_cast<size_t>(m), columns = static_cast<size_t>(hidden);
+    Bf16* x = memory.Allocate<Bf16>(rows * columns);
+    FillRandom<<<1024, 256>>>(x, static_cast<int64_t>(rows * columns), 3);
+    const DmsLogitsCudaParams logits{
+        .x = x,
+        .x_stride = hidden,
+        .weight = memory.Upload(std::vector<float>(kKvHeads * columns, 0.01f)),
+        .out = memory.Allocate<float>(kKvHeads * rows),
+        .m = m,
+        .hidden = hidden,
+        .num_kv_heads = kKvHeads};
+    Print(name, timer_.Median([&] { Check(LaunchDmsLogits(logits, nullptr)); }),
+          2.0 * static_cast<double>(rows * columns));
+    std::printf("}\n");
     std::fflush(stdout);
   }
 
@@ -218,6 +240,8 @@ int main(int argc, char** argv) {
   bench.Prepare("dms_prepare/d128/32k", 128, 32768, KvFormatId::kFp8);
   bench.Prepare("dms_prepare/d64/32k", 64, 32768, KvFormatId::kFp8);
   bench.Prepare("dms_prepare_int8h/d128/32k", 128, 32768, KvFormatId::kInt8H);
+  bench.Logits("dms_logits/h4096/m1", 1, 4096);
+  bench.Logits("dms_logits/h4096/8k", 8192, 4096);
   bench.Cache("d128/8k", 128, 8192);
   bench.Cache("d128/32k", 128, 32768);
   bench.Cache("d128/128k", 128, 131072);

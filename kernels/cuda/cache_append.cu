@@ -96,9 +96,10 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) spans.state[span] = state;
 }
 
-// The tokens: eight lanes a token, a warp 32 of a line. Who writes a place has read before
-// what lay there: a token that stays moves the one whose ring slot it gets, the newest of
-// before makes room for the newest. Grid (pieces of the longest band, batch, KV heads).
+// The tokens, eight lanes a token. Who writes a place has read before what lay there: a token
+// that stays moves the one whose ring slot it gets, the newest of before makes room for the
+// newest. Grid (pieces, batch, KV heads): the first pieces have the tokens that stay, one for
+// each eight lanes, and the newest; in the others a warp looks at 32 that leave again.
 template <KvElement kElement, int kDim>
 __global__ void __launch_bounds__(kThreads)
     AppendTokensKernel(const __grid_constant__ CacheAppendParams p, const LayerSpans spans,
@@ -108,12 +109,11 @@ __global__ void __launch_bounds__(kThreads)
   const DmsPrefillBatch& b = p.batch;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int sequence = static_cast<int>(blockIdx.y), g = static_cast<int>(blockIdx.z);
-  const int first = (static_cast<int>(blockIdx.x) * kWarps + warp) * 32;
   const DmsPrefillSequence s = b.sequences[sequence];
   const int slot_of_cache = p.slots[sequence];
   const int window = spans.window;
   const Line line = LineOf(b, scratch, s, g, window);
-  if (slot_of_cache < 0 || s.num_tokens == 0 || first >= line.length) return;
+  if (slot_of_cache < 0 || s.num_tokens == 0) return;
   const int64_t span = int64_t{slot_of_cache} * b.num_kv_heads + g;
   const SpanState state = spans.state[span];  // after the chunk
   if (state.num_ring != min(window, line.length - 1) ||
@@ -123,47 +123,63 @@ __global__ void __launch_bounds__(kThreads)
   const int ring_start =
       window == 0 ? 0 : (state.ring_start - line.num_out % window + window) % window;
   uint8_t* newest = spans.newest + span * spans.newest_stride;
-  uint8_t* flags = spans.ring_evict + span * (spans.window + 1);
+  uint8_t* flags = spans.ring_evict + span * (window + 1);
+  const int in_eight = lane % 8;
   const auto survivor = [&](int slot) {
     const int page = spans.survivor_pages[span * spans.max_survivor_pages + slot / T::kSlots];
-    return Place{spans.pages + int64_t{page} * T::kPageBytes, T::kSlots, slot % T::kSlots};
-  };
-  const auto ring = [&](int slot) {
-    const int page = spans.ring_pages[span * spans.ring_pages_per_span + slot / T::kSlots];
     return Place{spans.pages + int64_t{page} * T::kPageBytes, T::kSlots, slot % T::kSlots};
   };
   const auto chunk_row = [&](int token) {
     const int64_t row = int64_t{s.row + token} * b.num_kv_heads + g;
     return Place{const_cast<uint8_t*>(p.rows) + row * kTokenBytes, 1, 0};
   };
+  // Token i of the line, from outside the ring, to where it stays.
+  const auto move = [&](int i, int mark, const Place& from) {
+    if (i < line.num_out) {
+      if ((mark & 1) != 0) CopyToken<T, 8>(from, survivor(mark >> 1), in_eight);
+      return;
+    }
+    const int slot = (ring_start + i) % window;
+    const int page = spans.ring_pages[span * spans.ring_pages_per_span + slot / T::kSlots];
+    const Place to{spans.pages + int64_t{page} * T::kPageBytes, T::kSlots, slot % T::kSlots};
+    const int left = i % window;  // of the line: who had this slot, if anybody
+    const int mark_left = left < line.num_ring ? line.marks[left] : 0;
+    if ((mark_left & 1) != 0) CopyToken<T, 8>(to, survivor(mark_left >> 1), in_eight);
+    CopyToken<T, 8>(from, to, in_eight);
+    if (in_eight == 0) flags[slot] = (mark & 1) == 0 ? 1 : 0;
+  };
   const int had_newest = s.num_prefix > 0 ? 1 : 0;
-  const int own_mark = first + lane < line.length ? line.marks[first + lane] : 0;
-  const int in_eight = lane % 8;
-  for (int turn = 0; turn < 8; ++turn) {
-    const int offset = lane / 8 + 4 * turn, i = first + offset;
-    const int mark = __shfl_sync(kAll, own_mark, offset);
-    if (i >= line.length || i < line.num_ring) continue;
-    const bool was_newest = had_newest == 1 && i == line.num_ring;
-    const Place from = was_newest ? Place{newest, 1, 0} : chunk_row(i - s.num_prefix);
-    if (i >= line.num_out && i + 1 < line.length) {
-      const int slot = (ring_start + i) % window;
-      const Place to = ring(slot);
-      const int left = i % window;  // of the line: who had this slot, if anybody
-      if (left < line.num_ring) {
-        const int mark_left = line.marks[left];
-        if ((mark_left & 1) != 0) CopyToken<T, 8>(to, survivor(mark_left >> 1), in_eight);
-      }
-      CopyToken<T, 8>(from, to, in_eight);
-      if (in_eight == 0) flags[slot] = (mark & 1) == 0 ? 1 : 0;
-    } else if (i < line.num_out && (mark & 1) != 0) {
-      CopyToken<T, 8>(from, survivor(mark >> 1), in_eight);
+  const int first_new = line.num_ring + had_newest;  // the chunk's first
+  const int stay_pieces = (window + 1 + kWarps * 4 - 1) / (kWarps * 4);
+  if (static_cast<int>(blockIdx.x) < stay_pieces) {
+    const int n = static_cast<int>(blockIdx.x) * kWarps * 4 + warp * 4 + lane / 8;
+    if (n > 0) {
+      const int i = max(line.num_out, first_new) + n - 1;
+      if (i + 1 < line.length) move(i, line.marks[i], chunk_row(i - s.num_prefix));
+      return;
     }
-    if (was_newest || (had_newest == 0 && i + 1 == line.length)) {
-      CopyToken<T, 8>(chunk_row(s.num_tokens - 1), Place{newest, 1, 0}, in_eight);
-      if (in_eight == 0 && window > 0) {
-        flags[window] = (line.marks[line.length - 1] & 1) == 0 ? 1 : 0;
-      }
+    if (had_newest == 1) {
+      move(line.num_ring, line.marks[line.num_ring], Place{newest, 1, 0});
     }
+    CopyToken<T, 8>(chunk_row(s.num_tokens - 1), Place{newest, 1, 0}, in_eight);
+    if (in_eight == 0 && window > 0) {
+      flags[window] = (line.marks[line.length - 1] & 1) == 0 ? 1 : 0;
+    }
+    return;
+  }
+  const int first = first_new + ((static_cast<int>(blockIdx.x) - stay_pieces) * kWarps + warp) * 32;
+  const int own_mark = first + lane < line.num_out ? line.marks[first + lane] : 0;
+  uint32_t kept = __ballot_sync(kAll, (own_mark & 1) != 0);
+  while (kept != 0) {
+    uint32_t mine = kept;  // without as many as lanes of eight come before
+    for (int n = 0; n < 4; ++n) {
+      if (n < lane / 8) mine &= mine - 1;
+      kept &= kept - 1;
+    }
+    const int offset = __ffs(static_cast<int>(mine)) - 1;
+    const int mark = __shfl_sync(kAll, own_mark, max(offset, 0));
+    if (offset < 0) continue;
+    CopyToken<T, 8>(chunk_row(first + offset - s.num_prefix), survivor(mark >> 1), in_eight);
   }
 }
 
@@ -171,8 +187,11 @@ template <KvElement kElement, int kDim>
 absl::Status EnqueueTokens(const CacheAppendParams& p, const LayerSpans& spans,
                            const PrefillScratch& scratch, cudaStream_t stream) {
   const DmsPrefillBatch& b = p.batch;
-  const dim3 grid(static_cast<unsigned>((b.max_band + kThreads - 1) / kThreads),
-                  static_cast<unsigned>(b.batch), static_cast<unsigned>(b.num_kv_heads));
+  constexpr int kStayers = kWarps * 4;
+  const int pieces = (spans.window + 1 + kStayers - 1) / kStayers +
+                     (std::max(b.max_band - 1 - spans.window, 0) + kThreads - 1) / kThreads;
+  const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(b.batch),
+                  static_cast<unsigned>(b.num_kv_heads));
   AppendTokensKernel<kElement, kDim><<<grid, kThreads, 0, stream>>>(p, spans, scratch);
   return CudaStatus(cudaGetLastError());
 }

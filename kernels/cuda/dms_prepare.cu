@@ -22,7 +22,7 @@ using internal::Quarter;
 
 constexpr int kPairs = 32;  // (token, KV head) pairs of a block
 constexpr int kMaxGroup = 16;
-constexpr int kStoreWarps = 4;  // of a block: two for K, two for V, which cost more than queries
+constexpr int kStoreWarps = 4;  // two for K, two for V, which cost more than queries
 constexpr unsigned kAll = 0xffffffffu;
 
 // A tile is kPairs vectors, read, worked on and written in place. Eight vectors in a row meet
@@ -48,22 +48,20 @@ struct Row {
 
 // What a warp does for the block's pairs: one query head of the group for all of them, or K
 // or V of a half.
-enum class Part { kQuery, kKey, kValue };
-
 struct Place {
   int first, num;  // the block's pairs: of [num_tokens, num_kv_heads] from `first` on
   unsigned warp;   // query head in the group, or half
+  bool is_key;     // K; otherwise V
   uint8_t* tile;
   uint8_t* staged;  // [kPairs] flat rows
   float* sums;      // [4][32]
-  bool rotated;
 };
 
 // 1 / root mean square of a vector, as dms_compact.cc's: the sum of squares runs upwards.
 template <int kDim>
 __device__ float NormScale(const uint8_t* vector, float eps) {
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < kDim / 8; ++i) {
     const uint4 x = reinterpret_cast<const uint4*>(vector)[i];
     for (const uint32_t pair : {x.x, x.y, x.z, x.w}) {
@@ -106,14 +104,15 @@ __device__ void Decide(const DmsPrepareParams& p, int row, int g, const uint8_t*
   for (int h = g; h < (rule.per_layer ? heads : g + 1); ++h) out[h] = evict;
 }
 
-template <Part kPart, typename R, KvElement kElement, int kDim>
+template <bool kIsQuery, KvElement kK, KvElement kV, int kDim, bool kRotated>
 __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPrefillSequence& s,
                                         const Place& place, unsigned lane) {
+  using R = Row<kK, kV, kDim>;
   using T = Tile<kDim>;
-  constexpr bool kIsQuery = kPart == Part::kQuery;
   constexpr unsigned kCount = kIsQuery ? kPairs : kPairs / 2, kTurns = kCount / 4;
   constexpr int kParts = kDim / 16, kHalf = kDim / 32;
   const DmsPrefillBatch& b = p.batch;
+  const bool roped = kIsQuery || place.is_key;
   const int first = kIsQuery ? 0 : static_cast<int>(place.warp * kCount);  // of the tile
   // A lane's own pair, the last one's again past the end.
   const int own = min(first + static_cast<int>(lane % kCount), place.num - 1);
@@ -128,29 +127,29 @@ __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPref
   uint8_t* tile = place.tile + T::At(static_cast<unsigned>(first));
   uint8_t* own_chunk = tile + line * T::kStride + 16 * chunk;
   {
-    const Bf16* in = (kIsQuery ? p.q : kPart == Part::kKey ? p.k : p.v) + 8 * chunk;
+    const Bf16* in = (kIsQuery ? p.q : place.is_key ? p.k : p.v) + 8 * chunk;
     const uint32_t own_in = row_of(own_row, kIsQuery ? p.q_stride : p.kv_stride) + at;
-#pragma unroll
+#pragma unroll 8
     for (unsigned i = 0; i < kCount; i += T::kAtOnce) {
       const uint32_t from = __shfl_sync(kAll, own_in, i + line);
       __pipeline_memcpy_async(own_chunk + T::At(i), in + uint64_t{from} * 8, 16);
     }
   }
   __pipeline_commit();
-  const Quarter quarter{.lane = static_cast<int>(lane % 8), .mask = 0xffu << (lane & ~7u)};
-  const float* norm = kIsQuery ? p.q_norm : p.k_norm;
+  const Quarter quarter{.lane = static_cast<int>(lane % 8), .mask = kAll};
+  const float* norm = kIsQuery ? p.q_norm : place.is_key ? p.k_norm : nullptr;
   float2 weight[kParts];
-  if (kPart != Part::kValue && norm != nullptr) {
+  if (norm != nullptr) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       weight[i] = *reinterpret_cast<const float2*>(norm + 16 * i + 2 * quarter.lane);
     }
   }
-  const int own_position = kPart == Part::kValue ? 0 : p.positions[own_row];
+  const int own_position = roped ? p.positions[own_row] : 0;
   __pipeline_wait_prior(0);
   __syncwarp();
   float own_scale = 0.0f;
-  if (kPart != Part::kValue && lane < kCount) {
+  if (lane < kCount) {
     const uint8_t* vector = tile + T::At(lane);
     if (norm != nullptr) own_scale = NormScale<kDim>(vector, p.norm_eps);
     if (kIsQuery && place.warp == 0 && static_cast<int>(lane) < place.num &&
@@ -176,7 +175,7 @@ __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPref
       const uint32_t pair = vector[8 * i];
       x[i] = make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
     }
-    if constexpr (kPart != Part::kValue) {
+    if (roped) {
       if (norm != nullptr) {
         const float scale = __shfl_sync(kAll, own_scale, own_first + turn);
 #pragma unroll
@@ -201,23 +200,27 @@ __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPref
         x[kParts - 1].y = 0.0f;
       }
     }
-    if (place.rotated) internal::RotateVector<kDim>(quarter.lane, x);
+    if constexpr (kRotated) internal::RotateVector<kDim>(quarter.lane, x);
     if constexpr (!kIsQuery) {
-      constexpr int kAt = kPart == Part::kKey ? 0 : R::kVAt;
-      constexpr int kScaleAt = kPart == Part::kKey ? R::kKScaleAt : R::kVScaleAt;
-      internal::StoreVector<kElement>(x, quarter, place.sums + lane / 8 * 32, row + kAt,
-                                      row + kScaleAt);
+      uint8_t* codes = row + (place.is_key ? 0 : R::kVAt);
+      uint8_t* scale = row + (place.is_key ? R::kKScaleAt : R::kVScaleAt);
+      float* sums = place.sums + lane / 8 * 32;
+      if (kK == kV || place.is_key) {
+        internal::StoreVector<kK>(x, quarter, sums, codes, scale);
+      } else {
+        internal::StoreVector<kV>(x, quarter, sums, codes, scale);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kParts; ++i) vector[8 * i] = ptx::PackBf16(x[i].x, x[i].y);
   }
   __syncwarp();
 
-  Bf16* out = (kIsQuery ? p.q_out : kPart == Part::kKey ? b.band_k : b.band_v) + 8 * chunk;
+  Bf16* out = (kIsQuery ? p.q_out : place.is_key ? b.band_k : b.band_v) + 8 * chunk;
   const uint32_t own_out = at + (kIsQuery ? row_of(own_row, p.q_out_stride)
                                           : row_of(s.band_row + s.num_prefix + own_token,
                                                    int64_t{b.num_kv_heads} * kDim));
-#pragma unroll
+#pragma unroll 8
   for (unsigned i = 0; i < kCount; i += T::kAtOnce) {
     const uint32_t to = __shfl_sync(kAll, own_out, i + line);
     if (first + static_cast<int>(i + line) < place.num) {
@@ -227,68 +230,65 @@ __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPref
   }
 }
 
-// Grid (blocks of kPairs pairs of the longest chunk, batch), a block of group + kStoreWarps
-// warps. Shared memory: a tile for each query head of a group, for K and for V, and the
-// pairs' flat rows.
-template <KvElement kK, KvElement kV, int kDim>
-__global__ void __maxnreg__(80)
-    PrepareKernel(const __grid_constant__ DmsPrepareParams p, bool rotated) {
+// Grid (twice the blocks of kPairs pairs of the longest chunk, batch): even blocks have the
+// queries, a warp a head of the group, odd ones K and V. Shared memory: a tile for each query
+// head of a group, or for K, for V, and the pairs' flat rows.
+template <KvElement kK, KvElement kV, int kDim, bool kRotated>
+__global__ void __maxnreg__(80) PrepareKernel(const __grid_constant__ DmsPrepareParams p) {
   using R = Row<kK, kV, kDim>;
   using T = Tile<kDim>;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ alignas(16) float sums[kStoreWarps][4 * 32];
   const DmsPrefillBatch& b = p.batch;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned group = static_cast<unsigned>(b.group);
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
-  const int first = static_cast<int>(blockIdx.x) * kPairs;
+  const int first = static_cast<int>(blockIdx.x / 2) * kPairs;
   const int num = min(kPairs, s.num_tokens * b.num_kv_heads - first);
   if (num <= 0) return;
-  uint8_t* staged = shared + (group + 2) * T::kBytes;
+  uint8_t* staged = shared + 2 * T::kBytes;
   Place place{.first = first,
               .num = num,
               .warp = warp,
+              .is_key = false,
               .tile = shared + warp * T::kBytes,
               .staged = staged,
-              .sums = nullptr,
-              .rotated = rotated};
-  if (warp < group) {
-    RunPart<Part::kQuery, R, kK, kDim>(p, s, place, lane);
+              .sums = nullptr};
+  if (blockIdx.x % 2 == 0) {
+    if (warp < static_cast<unsigned>(b.group)) {
+      RunPart<true, kK, kV, kDim, kRotated>(p, s, place, lane);
+    }
     return;
   }
-  const unsigned turn = warp - group;
-  place.warp = turn % 2;
-  place.tile = shared + (group + turn / 2) * T::kBytes;
-  place.sums = sums[turn];
-  if (turn < 2) {
-    RunPart<Part::kKey, R, kK, kDim>(p, s, place, lane);
-  } else {
-    RunPart<Part::kValue, R, kV, kDim>(p, s, place, lane);
-  }
+  if (warp >= kStoreWarps) return;
+  place.warp = warp % 2;
+  place.tile = shared + warp / 2 * T::kBytes;
+  place.sums = sums[warp];
+  place.is_key = warp < 2;
+  RunPart<false, kK, kV, kDim, kRotated>(p, s, place, lane);
   if (p.rows == nullptr) return;
   constexpr unsigned kThreads = 32 * kStoreWarps;
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");  // the rows are staged
   auto* to =
       reinterpret_cast<uint32_t*>(p.rows + (int64_t{s.row} * b.num_kv_heads + first) * R::kBytes);
   const unsigned words = static_cast<unsigned>(num * R::kBytes / 4);
-  for (unsigned i = threadIdx.x - 32 * group; i < words; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < words; i += kThreads) {
     to[i] = reinterpret_cast<const uint32_t*>(staged)[i];
   }
 }
 
-template <KvElement kK, KvElement kV, int kDim>
+template <KvElement kK, KvElement kV, int kDim, bool kRotated = false>
 absl::Status Enqueue(const DmsPrepareParams& p, cudaStream_t stream) {
   const DmsPrefillBatch& b = p.batch;
   const int64_t pairs = int64_t{b.max_band} * b.num_kv_heads;
-  const dim3 grid(static_cast<unsigned>((pairs + kPairs - 1) / kPairs),
+  const dim3 grid(2 * static_cast<unsigned>((pairs + kPairs - 1) / kPairs),
                   static_cast<unsigned>(b.batch));
-  const unsigned threads = 32 * (static_cast<unsigned>(b.group) + kStoreWarps);
-  const int bytes =
-      (b.group + 2) * static_cast<int>(Tile<kDim>::kBytes) + kPairs * Row<kK, kV, kDim>::kBytes;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
-      PrepareKernel<kK, kV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)));
-  PrepareKernel<kK, kV, kDim>
-      <<<grid, threads, static_cast<size_t>(bytes), stream>>>(p, KvFormatOf(p.format).rotated);
+  constexpr int kTile = static_cast<int>(Tile<kDim>::kBytes);
+  const unsigned threads = 32 * static_cast<unsigned>(std::max(b.group, kStoreWarps));
+  const int bytes = std::max(b.group * kTile, 2 * kTile + kPairs * Row<kK, kV, kDim>::kBytes);
+  const auto kernel = PrepareKernel<kK, kV, kDim, kRotated>;
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)));
+  kernel<<<grid, threads, static_cast<size_t>(bytes), stream>>>(p);
   return CudaStatus(cudaGetLastError());
 }
 
@@ -300,8 +300,9 @@ absl::Status Enqueue(const DmsPrepareParams& p, cudaStream_t stream) {
     case KvFormatId::kFp8:
       return Enqueue<KvElement::kE4m3, KvElement::kE4m3, kDim>(p, stream);
     case KvFormatId::kInt8:
-    case KvFormatId::kInt8H:
       return Enqueue<KvElement::kInt8, KvElement::kInt8, kDim>(p, stream);
+    case KvFormatId::kInt8H:
+      return Enqueue<KvElement::kInt8, KvElement::kInt8, kDim, true>(p, stream);
     case KvFormatId::kK8V8:
       return Enqueue<KvElement::kInt8, KvElement::kE4m3, kDim>(p, stream);
   }

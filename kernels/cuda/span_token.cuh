@@ -24,24 +24,39 @@ struct Place {
   int slots, slot;
 };
 
-// kLanes lanes copy a token's parts; a lane always the same bytes.
+// kLanes lanes copy a token's parts; a lane always the same bytes, all of them read before
+// one is written.
 template <typename T, int kLanes = 32>
 __device__ __forceinline__ void CopyToken(const Place& from, const Place& to, int lane) {
+  constexpr int kTurns = (T::kRowBytes + 4 * kLanes - 1) / (4 * kLanes);
+  const auto elements = [lane](const Place& p, int part, int turn) {
+    return reinterpret_cast<uint32_t*>(p.base + (part * p.slots + p.slot) * T::kRowBytes) +
+           turn * kLanes + lane;
+  };
+  const auto scale = [lane](const Place& p) {
+    return reinterpret_cast<uint16_t*>(p.base + p.slots * 2 * T::kRowBytes +
+                                       (lane * p.slots + p.slot) * 2);
+  };
+  const bool has_scale = T::kScaled && lane < 2;
+  uint32_t words[2][kTurns];
+  uint16_t scale_bits = 0;
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-    const uint8_t* in = from.base + (part * from.slots + from.slot) * T::kRowBytes;
-    uint8_t* out = to.base + (part * to.slots + to.slot) * T::kRowBytes;
 #pragma unroll
-    for (int i = lane * 4; i < T::kRowBytes; i += 4 * kLanes) {
-      *reinterpret_cast<uint32_t*>(out + i) = *reinterpret_cast<const uint32_t*>(in + i);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const bool there = 4 * (turn * kLanes + lane) < T::kRowBytes;
+      words[part][turn] = there ? *elements(from, part, turn) : 0;
     }
   }
-  if (T::kScaled && lane < 2) {
-    const auto scale = [lane](const Place& p) {
-      return p.base + p.slots * 2 * T::kRowBytes + (lane * p.slots + p.slot) * 2;
-    };
-    *reinterpret_cast<uint16_t*>(scale(to)) = *reinterpret_cast<const uint16_t*>(scale(from));
+  if (has_scale) scale_bits = *scale(from);
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (4 * (turn * kLanes + lane) < T::kRowBytes) *elements(to, part, turn) = words[part][turn];
+    }
   }
+  if (has_scale) *scale(to) = scale_bits;
 }
 
 }  // namespace winnow::kernels::device

@@ -27,19 +27,34 @@ inline __device__ uint32_t MaxOfQuarter(uint32_t x, const Quarter& quarter) {
 inline __device__ float FromHalf(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 inline __device__ uint16_t RoundToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// |x| <= 448 rounded to e4m3, both halves.
+// x and y, of magnitudes up to 448, rounded to e4m3.
 inline __device__ float2 RoundedToE4m3(float x, float y) {
   const __nv_fp8x2_storage_t codes =
       __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, __NV_E4M3);
   return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
 }
 
+// 1 / s correctly rounded; s is a float16 above 0, or NaN.
+inline __device__ float Reciprocal(float s) {
+  float approximate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(approximate) : "f"(s));
+  return __fmaf_rn(approximate, -__fmaf_rn(s, approximate, -1.0f), approximate);
+}
+
 // x / s correctly rounded, `inverse` being 1 / s correctly rounded, wherever a code's rounding
 // can tell. s has at most 11 bits, so the residual is exact and no quotient is a tie of
 // float32; the nearest to one is off by 2^-12 of a unit, the second product by 2^-23 of it.
+// Keeps the sign of a zero.
 inline __device__ float Divide(float x, float s, float inverse) {
   const float q = __fmul_rn(x, inverse);
-  return copysignf(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q), x);
+  return __fmaf_rn(-__fmaf_rn(q, s, -x), inverse, q);
+}
+
+// The larger magnitude, NaN if one is.
+inline __device__ float MaxOfMagnitudes(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return most;
 }
 
 // kv_format's ScaleFor().
@@ -52,20 +67,26 @@ inline __device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code) {
   return scale;
 }
 
+struct Scale {
+  uint16_t half;
+  float inverse;  // 1 / half
+};
+
 // kv_format's E4m3ScaleFor(): `smallest` or sqrt(2) times it. `sums` [2][16] is the
 // eight lanes' own.
 template <int kPairs>
-__device__ uint16_t BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
-                                    const Quarter& quarter, float* sums) {
+__device__ Scale BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
+                                 const Quarter& quarter, float* sums) {
   const uint16_t other =
       min(RoundToHalf(__fmul_rn(FromHalf(smallest), 1.41421356237309504880f)), uint16_t{0x7bff});
+  const float inverses[2] = {Reciprocal(FromHalf(smallest)), Reciprocal(FromHalf(other))};
 #pragma unroll
   for (int candidate = 0; candidate < 2; ++candidate) {
-    const float inverse = __frcp_rn(FromHalf(candidate == 0 ? smallest : other));
+    const float inverse = inverses[candidate];
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float a = fabsf(__fmul_rn(x[i].x, inverse)), b = fabsf(__fmul_rn(x[i].y, inverse));
+      const float a = __fmul_rn(x[i].x, inverse), b = __fmul_rn(x[i].y, inverse);
       const float2 rounded = RoundedToE4m3(a, b);
       const float ea = __fsub_rn(a, rounded.x), eb = __fsub_rn(b, rounded.y);
       sum.x = __fadd_rn(sum.x, __fmul_rn(ea, ea));
@@ -87,7 +108,8 @@ __device__ uint16_t BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest
   total = __fmul_rn(__fmul_rn(total, scale), scale);
   const float others = __shfl_xor_sync(quarter.mask, total, 1);
   __syncwarp(quarter.mask);  // the sums are read
-  return (mine == 0 ? others < total : total < others) ? other : smallest;
+  const bool take_other = mine == 0 ? others < total : total < others;
+  return take_other ? Scale{other, inverses[1]} : Scale{smallest, inverses[0]};
 }
 
 // Quantizes the eight lanes' vector: its codes and scale go to the staged row, and x
@@ -103,20 +125,22 @@ __device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* 
     }
   } else {
     constexpr float kMaxCode = KvElementTraits<kElement>::kMaxCode;
-    uint32_t amax = 0;
+    float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      amax = max(amax,
-                 max(__float_as_uint(x[i].x) & 0x7fffffffu, __float_as_uint(x[i].y) & 0x7fffffffu));
+      most = MaxOfMagnitudes(most, MaxOfMagnitudes(x[i].x, x[i].y));
     }
-    uint16_t half = ScaleFor(MaxOfQuarter(amax, quarter), kMaxCode);
-    const bool finite = half != 0x7e00;  // otherwise codes are 0 and values NaN
-    const uint16_t mask = finite ? 0xffff : 0;
+    const uint16_t smallest = ScaleFor(MaxOfQuarter(__float_as_uint(most), quarter), kMaxCode);
+    const bool finite = smallest != 0x7e00;  // otherwise codes are 0 and values NaN
+    Scale chosen{smallest, 0.0f};
     if constexpr (kElement == KvElement::kE4m3) {
-      const uint16_t better = BetterE4m3Scale(x, half, quarter, sums);
-      if (finite) half = better;
+      const Scale better = BetterE4m3Scale(x, smallest, quarter, sums);
+      if (finite) chosen = better;
+    } else {
+      chosen.inverse = Reciprocal(FromHalf(smallest));
     }
-    const float scale = FromHalf(half), inverse = __frcp_rn(scale);
+    const uint16_t half = chosen.half;
+    const float scale = FromHalf(half), inverse = chosen.inverse;
     if (quarter.lane == 0) *reinterpret_cast<uint16_t*>(scale_out) = half;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -132,7 +156,8 @@ __device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* 
         codes = static_cast<uint16_t>((ia & 0xff) | (ib & 0xff) << 8);
         value = make_float2(static_cast<float>(ia), static_cast<float>(ib));
       }
-      *reinterpret_cast<uint16_t*>(codes_out + 2 * (8 * i + quarter.lane)) = codes & mask;
+      *reinterpret_cast<uint16_t*>(codes_out + 2 * (8 * i + quarter.lane)) =
+          finite ? codes : uint16_t{0};
       x[i] = make_float2(__fmul_rn(scale, value.x), __fmul_rn(scale, value.y));
     }
   }

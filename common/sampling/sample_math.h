@@ -86,8 +86,10 @@ WINNOW_HOST_DEVICE inline double SampleScale(float temperature) {
 WINNOW_HOST_DEVICE inline uint64_t SampleWeight(float logit, float max_logit, double scale,
                                                 const double* powers) {
   using namespace sample_internal;
-  const double t = Mul(static_cast<double>(logit) - static_cast<double>(max_logit), scale);
-  if (!(t > -kSampleCutoff)) return 0;
+  // No branch, so that a GPU's thread works at several at once.
+  const double exact = Mul(static_cast<double>(logit) - static_cast<double>(max_logit), scale);
+  const bool counts = exact > -kSampleCutoff;
+  const double t = counts ? exact : -kSampleCutoff;
   // t = 16 octave + j + f, |f| <= 1/2: adding 1.5 * 2^52 leaves the integer in the low bits.
   const double shifted = Add(t, 0x1.8p52);
   const int32_t n = static_cast<int32_t>(Bits(shifted));
@@ -102,7 +104,7 @@ WINNOW_HOST_DEVICE inline uint64_t SampleWeight(float logit, float max_logit, do
   p = Mul(p, powers[n & 15]);
   const int64_t exponent = (n >> 4) + kSampleWeightBits;
   const double weight = FromBits(Bits(p) + (static_cast<uint64_t>(exponent) << 52));
-  return Bits(Add(weight, 0x1p52)) & ((uint64_t{1} << 52) - 1);
+  return counts ? Bits(Add(weight, 0x1p52)) & ((uint64_t{1} << 52) - 1) : 0;
 }
 
 // 53 random bits of a key, on top of eleven zeros.

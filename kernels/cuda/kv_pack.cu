@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kThreads)
     evict[i] = flags[i];
   }
   if (threadIdx.x == 0) {
-    evict[a.window] = static_cast<uint8_t>(heads[3 * g + 2]);
+    if (a.window > 0) evict[a.window] = static_cast<uint8_t>(heads[3 * g + 2]);
     states[span] = state;
   }
 }
@@ -312,8 +312,8 @@ absl::Status CheckSpans(const char* op, const DeviceSpans& spans, int num_seqs, 
                         int num_layers) {
   WINNOW_RETURN_IF_ERROR(ValidateHeadDim(spans.head_dim));
   if (spans.pages == nullptr || spans.state == nullptr || spans.survivor_pages == nullptr ||
-      spans.newest == nullptr || spans.ring_evict == nullptr ||
-      (spans.window > 0 && spans.ring_pages == nullptr)) {
+      spans.newest == nullptr ||
+      (spans.window > 0 && (spans.ring_pages == nullptr || spans.ring_evict == nullptr))) {
     return absl::InvalidArgumentError(absl::StrCat(op, ": a pointer of spans is null"));
   }
   if (spans.window < 0 || spans.num_kv_heads < 1 || spans.num_kv_heads > 65535 ||

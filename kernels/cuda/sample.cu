@@ -23,7 +23,7 @@ namespace {
 using namespace sample_device;  // NOLINT: its other half
 
 constexpr int kMaxTeam = 8;
-constexpr int kVec = 4, kBatch = 2;  // loads of 4 logits in flight
+constexpr int kVec = 4, kBatch = 4;  // loads of 4 logits in flight
 
 template <bool kAligned>
 struct Row {
@@ -50,8 +50,8 @@ struct Row {
     }
   }
 
-  // Calls fn(logit, id) for each token of the part, and with -inf for some that do not exist,
-  // all lanes of a warp together.
+  // Calls fn(logits [kVec], id of the first) for the tokens of the part, and with -inf for some
+  // that do not exist, all lanes of a warp together.
   template <typename Fn>
   __device__ __forceinline__ void ForEach(Fn fn) const {
     constexpr int kStep = kThreads * kVec * kBatch;
@@ -68,8 +68,7 @@ struct Row {
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int id = first_id + begin + (k * kThreads + static_cast<int>(threadIdx.x)) * kVec;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) fn(x[k][j], id + j);
+        fn(x[k], id);
       }
     }
   }
@@ -86,13 +85,16 @@ struct Row {
     float best = -kInf;
     Extremes e;
     int best_id = -1;
-    ForEach([&](float x, int id) {
-      if (!(x < kInf)) e.bad = min(e.bad, id);
-      if (x > best) {
-        best = x;
-        best_id = id;
+    ForEach([&](const float(&x)[kVec], int id) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        if (!(x[j] < kInf)) e.bad = min(e.bad, id + j);
+        if (x[j] > best) {
+          best = x[j];
+          best_id = id + j;
+        }
+        if (x[j] > -kInf) e.least = fminf(e.least, x[j]);
       }
-      if (x > -kInf) e.least = fminf(e.least, x);
     });
     if (best_id >= 0) e.best = RankKey(best, best_id);
     const auto add = [](Extremes* a, const Extremes& b) {
@@ -157,14 +159,16 @@ struct Row {
   template <bool kWeights>
   __device__ void FillBins() {
     Clear(s.bins);
-    ForEach([&](float x, int) {
-      const float bin = Bin(x);
-      if (!(bin < kBins)) return;
-      atomicAdd(&s.bins.count[static_cast<int>(bin)], 1);
-      if constexpr (kWeights) {
-        const uint64_t weight = Weight(x);
-        if (weight != 0) s.bins.Add(static_cast<int>(bin), weight);
+    ForEach([&](const float(&x)[kVec], int) {
+      uint64_t weight[kVec] = {};
+      int bin[kVec];
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const float place = Bin(x[j]);
+        bin[j] = place < kBins ? static_cast<int>(place) : -1;
+        if constexpr (kWeights) weight[j] = Weight(x[j]);
       }
+      s.bins.template Add<kVec, kWeights>(bin, weight);
     });
     Reduce<kWeights>(&Shared::bins);
   }
@@ -205,17 +209,23 @@ struct Row {
     team.Sync();
     Shared& first = team.Peer(s, 0);
     const uint32_t below = (1u << (threadIdx.x % 32)) - 1u;
-    ForEach([&](float x, int id) {
-      const bool mine = wanted(x, id);
-      const uint32_t ballot = __ballot_sync(0xffffffffu, mine);
-      if (ballot == 0) return;
-      const int leader = __ffs(static_cast<int>(ballot)) - 1;
-      int place = 0;
-      if (static_cast<int>(threadIdx.x) % 32 == leader) {
-        place = atomicAdd(&first.list_size, __popc(ballot));
+    ForEach([&](const float(&x)[kVec], int id) {
+      bool mine[kVec], any = false;
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) any |= mine[j] = wanted(x[j], id + j);
+      if (!__any_sync(0xffffffffu, any)) return;
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const uint32_t ballot = __ballot_sync(0xffffffffu, mine[j]);
+        if (ballot == 0) continue;
+        const int leader = __ffs(static_cast<int>(ballot)) - 1;
+        int place = 0;
+        if (static_cast<int>(threadIdx.x) % 32 == leader) {
+          place = atomicAdd(&first.list_size, __popc(ballot));
+        }
+        place = __shfl_sync(0xffffffffu, place, leader) + __popc(ballot & below);
+        if (mine[j]) first.key[place] = RankKey(x[j], id + j);
       }
-      place = __shfl_sync(0xffffffffu, place, leader) + __popc(ballot & below);
-      if (mine) first.key[place] = RankKey(x, id);
     });
     team.Sync();
   }
@@ -285,12 +295,17 @@ struct Row {
       shift -= 8;
       const auto matches = [&](uint64_t key) { return shift == 56 || key >> shift >> 8 == prefix; };
       Clear(s.digits);
-      ForEach([&](float x, int id) {
-        const uint64_t key = RankKey(x, id);
-        if (!in_bin(x) || !matches(key)) return;
-        const int digit = static_cast<int>(key >> shift & (kDigits - 1));
-        atomicAdd(&s.digits.count[digit], 1);
-        s.digits.Add(digit, Weight(x));
+      ForEach([&](const float(&x)[kVec], int id) {
+        uint64_t weight[kVec];
+        int digit[kVec];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          const uint64_t key = RankKey(x[j], id + j);
+          const bool mine = in_bin(x[j]) && matches(key);
+          digit[j] = mine ? static_cast<int>(key >> shift & (kDigits - 1)) : -1;
+          weight[j] = Weight(x[j]);
+        }
+        s.digits.template Add<kVec, true>(digit, weight);
       });
       Reduce<true>(&Shared::digits);
       const Place part =
@@ -374,9 +389,9 @@ struct Row {
   }
 };
 
-// Grid (blocks of a team, rows), block kThreads; two blocks an SM.
+// Grid (blocks of a team, rows), block kThreads; a block an SM.
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2) SampleKernel(const SampleCudaParams p) {
+__global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SampleCudaParams p) {
   __shared__ Shared s;
   const Team team;
   const int64_t row_idx = blockIdx.y;
@@ -413,8 +428,8 @@ __global__ void __launch_bounds__(kThreads, 2) SampleKernel(const SampleCudaPara
   }
 }
 
-// Blocks for a row, a power of two: as many as fit the device at once, and each with something to
-// do; 1 where code without clusters would run.
+// Blocks for a row, a power of two: as many as give each SM one, and each something to do; 1 where
+// code without clusters would run.
 absl::Status TeamSize(const SampleCudaParams& p, int* size) {
   cudaFuncAttributes attributes;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, SampleKernel<true>)));
@@ -424,7 +439,7 @@ absl::Status TeamSize(const SampleCudaParams& p, int* size) {
       CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
   *size = 1;
   if (attributes.ptxVersion < 90) return absl::OkStatus();
-  while (*size < kMaxTeam && p.vocab / *size > 4096 && 2 * *size * p.num_rows <= 2 * num_sms) {
+  while (*size < kMaxTeam && p.vocab / *size > 4096 && 2 * *size * p.num_rows <= num_sms) {
     *size *= 2;
   }
   return absl::OkStatus();

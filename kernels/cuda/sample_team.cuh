@@ -31,12 +31,28 @@ struct Histogram {
   uint32_t count[kSize], low[kSize], high[kSize];  // high and low: a sum of weights
 
   __device__ uint64_t Weight(int i) const { return static_cast<uint64_t>(high[i]) << 32 | low[i]; }
-  // Adds of 32 bits are native in shared memory, of 64 they are not.
-  __device__ void Add(int i, uint64_t weight) {
-    const uint32_t add = static_cast<uint32_t>(weight);
-    const uint32_t carry = atomicAdd(&low[i], add) + add < add ? 1 : 0;
-    const uint32_t add_high = static_cast<uint32_t>(weight >> 32) + carry;
-    if (add_high != 0) atomicAdd(&high[i], add_high);
+  // Counts kNum tokens, and their weights, in bins; one below 0 is none. Adds of 32 bits are
+  // native in shared memory, of 64 they are not.
+  template <int kNum, bool kWeights>
+  __device__ __forceinline__ void Add(const int (&bin)[kNum], const uint64_t (&weight)[kNum]) {
+    uint32_t before[kNum];
+#pragma unroll
+    for (int j = 0; j < kNum; ++j) {
+      if (bin[j] < 0) continue;
+      atomicAdd(&count[bin[j]], 1);
+      if constexpr (kWeights) {
+        before[j] = atomicAdd(&low[bin[j]], static_cast<uint32_t>(weight[j]));
+      }
+    }
+    if constexpr (kWeights) {
+#pragma unroll
+      for (int j = 0; j < kNum; ++j) {
+        const uint32_t add = static_cast<uint32_t>(weight[j]);
+        const uint32_t carry = before[j] + add < add ? 1 : 0;
+        const uint32_t add_high = static_cast<uint32_t>(weight[j] >> 32) + carry;
+        if (bin[j] >= 0 && add_high != 0) atomicAdd(&high[bin[j]], add_high);
+      }
+    }
   }
 };
 

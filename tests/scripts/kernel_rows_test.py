@@ -132,6 +132,8 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         written = json.loads((self.dir / "out.json").read_text())
         self.assertEqual(written["commit"], "abc")
+        self.assertEqual(written["command"],
+                         "bench/run_gpu_kernels --only compact_decode --rounds 3")
         self.assertEqual(result.stderr.count("a note"), 3)
         self.assertEqual(written["ceilings"], {"read_gbps": 4000})
         self.assertEqual([(r["case"], r["ratio"]) for r in written["rows"]], [("decode_bw", 90.0)])

@@ -13,9 +13,10 @@ constexpr int kFewRows = 512;  // up to here one row and head a half-warp fills 
 
 __device__ float Value(Bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-// Sixteen lanes for kRows rows and kHeads heads; lane l has the law's sum of h % 16 == l.
+// Sixteen lanes for kRows rows and kHeads heads; lane l has the law's sum of h % 16 == l, and
+// the loads of kAhead additions to each sum are under way at a time.
 // Grid (pieces of the rows, pieces of the heads).
-template <int kRows, int kHeads>
+template <int kRows, int kHeads, int kAhead>
 __global__ void __launch_bounds__(kThreads) LogitsKernel(const DmsLogitsCudaParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 16;
   const int row =
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) LogitsKernel(const DmsLogitsCudaPara
     w[g] = p.weight + int64_t{min(head + g, p.num_kv_heads - 1)} * p.hidden + lane;
   }
   float sums[kRows][kHeads] = {};
-#pragma unroll 2
+#pragma unroll(kAhead)
   for (int h = lane; h < p.hidden; h += 16) {
     float weights[kHeads];
 #pragma unroll
@@ -62,12 +63,12 @@ __global__ void __launch_bounds__(kThreads) LogitsKernel(const DmsLogitsCudaPara
   }
 }
 
-template <int kRows, int kHeads>
+template <int kRows, int kHeads, int kAhead>
 absl::Status Enqueue(const DmsLogitsCudaParams& p, cudaStream_t stream) {
   constexpr int kBlockRows = kHalfWarps * kRows;
   const dim3 grid(static_cast<unsigned>((p.m + kBlockRows - 1) / kBlockRows),
                   static_cast<unsigned>((p.num_kv_heads + kHeads - 1) / kHeads));
-  LogitsKernel<kRows, kHeads><<<grid, kThreads, 0, stream>>>(p);
+  LogitsKernel<kRows, kHeads, kAhead><<<grid, kThreads, 0, stream>>>(p);
   return CudaStatus(cudaGetLastError());
 }
 
@@ -89,7 +90,8 @@ absl::Status ValidateDmsLogitsCuda(const DmsLogitsCudaParams& p) {
 absl::Status LaunchDmsLogits(const DmsLogitsCudaParams& params, StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsLogitsCuda(params));
   if (params.m == 0) return absl::OkStatus();
-  return params.m <= kFewRows ? Enqueue<1, 1>(params, stream) : Enqueue<8, 8>(params, stream);
+  return params.m <= kFewRows ? Enqueue<1, 1, 32>(params, stream)
+                              : Enqueue<4, 8, 4>(params, stream);
 }
 
 }  // namespace winnow::kernels

@@ -7,9 +7,10 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/kv_pack.h"
 
-// A warp moves one token at a time: a flat row is made of 4-byte words (K, V, the two scales),
-// lane l has words l, l + 32, ... Rows in staging start at any byte, because of the ring's flags
-// before them, so words are shifted against those of the neighbour lane on their way.
+// A flat row is made of 4-byte words (K, V, the two scales). A warp moves a run of tokens whose
+// slots are neighbours in a page, lane l words l, l + 32, ... of each of their rows. Because of the
+// ring's flags before them, rows in staging may start at any byte; then a warp moves one token at a
+// time, and words are shifted against those of the neighbour lane on their way.
 namespace winnow::kernels {
 namespace {
 
@@ -178,6 +179,78 @@ __device__ __forceinline__ void ReadRow(const uint8_t* in, int row_words, uint32
   }
 }
 
+constexpr int kRun = 8;  // tokens of a run
+
+// Rows that start at words, and runs that end with pages.
+__device__ __forceinline__ bool RowsAreWords(const Args& a, const uint8_t* body) {
+  return reinterpret_cast<uintptr_t>(body) % 4 == 0 && a.slots_per_page % kRun == 0;
+}
+
+// Moves all tokens of a span but the newest between pages and rows (`body`, which is not written
+// unless kPack) by the warps of a grid of `num_warps`, this one being `warp`.
+template <bool kPack>
+__device__ __forceinline__ void MoveRuns(const Args& a, int64_t span, const SpanState& state,
+                                         uint8_t* body, int warp, int num_warps) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row_words = RowWords(a);
+  const int survivor_runs = (state.num_survivors + kRun - 1) / kRun;
+  // Ring slots in use; from the first one on where the ring starts later.
+  const int ring_slots = min(a.window, state.ring_start + state.num_ring);
+  const int runs = survivor_runs + (ring_slots + kRun - 1) / kRun;
+  for (int run = warp; run < runs; run += num_warps) {
+    const bool ring = run >= survivor_runs;
+    const int first = (ring ? run - survivor_runs : run) * kRun;
+    const int table_size = ring ? a.ring_pages_per_span : a.max_survivor_pages;
+    const int32_t* table = (ring ? a.ring_pages : a.survivor_pages) + span * table_size;
+    const int entry = first / a.slots_per_page;
+    const int page = entry < table_size ? table[entry] : -1;
+    if (page < 0) continue;
+    // The row of the slot first + j; below 0: none.
+    const auto row_of = [&](int j) {
+      const int slot = first + j;
+      if (!ring) return slot < state.num_survivors ? slot : -1;
+      int age = slot - state.ring_start;
+      if (age < 0) age += a.window;
+      return slot < ring_slots && age < state.num_ring ? state.num_survivors + age : -1;
+    };
+    int row[kRun];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) row[j] = row_of(j);
+    const int slot = first - entry * a.slots_per_page;
+    uint32_t* part = reinterpret_cast<uint32_t*>(a.pages + page * a.page_bytes);
+    uint32_t* rows = reinterpret_cast<uint32_t*>(body);
+    for (const int words : {a.k_words, a.v_words}) {
+      for (int word = lane; word < words; word += 32) {
+        uint32_t* in_page = part + slot * words + word;
+        uint32_t* in_row = rows + word;
+        uint32_t w[kRun];
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          if (row[j] < 0) continue;
+          w[j] = kPack ? in_page[j * words] : in_row[int64_t{row[j]} * row_words];
+        }
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          if (row[j] < 0) continue;
+          (kPack ? in_row[int64_t{row[j]} * row_words] : in_page[j * words]) = w[j];
+        }
+      }
+      part += a.slots_per_page * words;
+      rows += words;
+    }
+    const int scale_row = lane < kRun ? row_of(lane) : -1;
+    if (a.scale_words == 0 || scale_row < 0) continue;
+    uint16_t* scale = reinterpret_cast<uint16_t*>(part) + slot + lane;
+    uint32_t* in_row = rows + int64_t{scale_row} * row_words;
+    if constexpr (kPack) {
+      *in_row = scale[0] | uint32_t{scale[a.slots_per_page]} << 16;
+    } else {
+      scale[0] = static_cast<uint16_t>(*in_row);
+      scale[a.slots_per_page] = static_cast<uint16_t>(*in_row >> 16);
+    }
+  }
+}
+
 // Finds each item's place. One block of kThreads.
 __global__ void __launch_bounds__(kThreads)
     PlaceItemsKernel(const Args a, int64_t staging_bytes, ByteRange* ranges) {
@@ -235,8 +308,13 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int live = state.num_survivors + state.num_ring + 1;
   const int step = static_cast<int>(gridDim.x) * kWarps;
+  int begin = static_cast<int>(blockIdx.x) * kWarps + warp;
+  if (RowsAreWords(a, body)) {
+    MoveRuns<true>(a, span, state, body, begin, step);
+    begin += live - 1;  // the newest is left
+  }
 #pragma unroll 2
-  for (int i = static_cast<int>(blockIdx.x) * kWarps + warp; i < live; i += step) {
+  for (int i = begin; i < live; i += step) {
     const TokenPlace at = PlaceOf(a, span, state, i);
     uint32_t w[kPasses];
 #pragma unroll
@@ -287,8 +365,13 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int live = state.num_survivors + state.num_ring + 1;
   const int step = static_cast<int>(gridDim.x) * kWarps;
+  int begin = static_cast<int>(blockIdx.x) * kWarps + warp;
+  if (RowsAreWords(a, body)) {
+    MoveRuns<false>(a, span, state, const_cast<uint8_t*>(body), begin, step);
+    begin += live - 1;  // the newest is left
+  }
 #pragma unroll 2
-  for (int i = static_cast<int>(blockIdx.x) * kWarps + warp; i < live; i += step) {
+  for (int i = begin; i < live; i += step) {
     const TokenPlace at = PlaceOf(a, span, state, i);
     uint32_t w[kPasses];
     ReadRow<kPasses>(body + int64_t{i} * row_words * 4, row_words, w);
@@ -336,7 +419,7 @@ dim3 GridOf(const DeviceSpans& spans, int num_items) {
   const int64_t most_tokens =
       int64_t{spans.max_survivor_pages} * spans.slots_per_page() + spans.window + 1;
   const int64_t heads = int64_t{num_items} * spans.num_kv_heads;
-  const int64_t blocks = std::min((most_tokens + 63) / 64, std::max<int64_t>(4096 / heads, 8));
+  const int64_t blocks = std::min((most_tokens + 63) / 64, std::max<int64_t>(2400 / heads, 8));
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(spans.num_kv_heads),
               static_cast<unsigned>(num_items));
 }

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <numbers>
 
 #include "absl/strings/str_cat.h"
@@ -8,52 +9,61 @@
 #include "kernels/cuda/compact_decode_attention.cuh"
 #include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace winnow::kernels {
 namespace device {
 
-extern template cudaError_t LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 64>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 128>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 64>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 128>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 64>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 128>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 64>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-extern template cudaError_t LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 128>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 64>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, 128>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 64>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 128>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 64>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, 128>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 64>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+extern template absl::Status LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, 128>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
 
 }  // namespace device
 
 namespace {
 
-constexpr int kBlocksPerSm = 2;  // as the kernel's launch bounds
-
 template <int kDim>
-cudaError_t LaunchFormat(KvFormatId format, const device::CompactDecodeArgs& args, int grid,
-                         bool overlap, cudaStream_t stream) {
+absl::Status LaunchFormat(KvFormatId format, const device::CompactDecodeArgs& args,
+                          const device::DecodeLaunch& launch, cudaStream_t stream) {
+  constexpr KvElement kBf16 = KvElement::kBf16, kE4m3 = KvElement::kE4m3, kInt8 = KvElement::kInt8;
   switch (format) {
     case KvFormatId::kBf16:
-      return device::LaunchCompactDecode<KvElement::kBf16, KvElement::kBf16, kDim>(args, grid,
-                                                                                   overlap, stream);
+      return device::LaunchCompactDecode<kBf16, kBf16, kDim>(args, launch, stream);
     case KvFormatId::kFp8:
-      return device::LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, kDim>(args, grid,
-                                                                                   overlap, stream);
+      return device::LaunchCompactDecode<kE4m3, kE4m3, kDim>(args, launch, stream);
     case KvFormatId::kInt8:
     case KvFormatId::kInt8H:
-      return device::LaunchCompactDecode<KvElement::kInt8, KvElement::kInt8, kDim>(args, grid,
-                                                                                   overlap, stream);
+      return device::LaunchCompactDecode<kInt8, kInt8, kDim>(args, launch, stream);
     case KvFormatId::kK8V8:
-      return device::LaunchCompactDecode<KvElement::kInt8, KvElement::kE4m3, kDim>(args, grid,
-                                                                                   overlap, stream);
+      return device::LaunchCompactDecode<kInt8, kE4m3, kDim>(args, launch, stream);
   }
-  return cudaErrorInvalidValue;
+  return absl::InvalidArgumentError("compact_decode_attention: unknown format");
+}
+
+// Of all bytes of the pool as rows of 128; how many there are is not known here.
+absl::StatusOr<CUtensorMap> PagesMap(const DeviceSpans& spans) {
+  int device = 0, major = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  if (major < 9) return CUtensorMap{};  // the portable code does not use it
+  const uint64_t sizes[] = {64, uint64_t{1} << 31}, strides[] = {128};
+  const uint32_t rows = spans.head_dim == 64 ? 32 : 64;  // K and V of a page, in any format
+  const uint32_t box[] = {64, rows};
+  return MakeBf16TensorMap(spans.pages, sizes, strides, box);
 }
 
 }  // namespace
@@ -91,10 +101,10 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
         "compact_decode_attention: q is null or not exactly one of out_f32 and out_bf16 is set");
   }
   if (!Aligned(p.q, 16) || !Aligned(p.out_f32, 16) || !Aligned(p.out_bf16, 8) ||
-      !Aligned(p.plan.pieces, 64) || !Aligned(p.plan.partial_out, 16) ||
-      !Aligned(p.plan.partial_norm, 8)) {
+      !Aligned(p.plan.pieces, 32) || !Aligned(spans.pages, 16) || !Aligned(spans.newest, 16) ||
+      !Aligned(p.plan.partial_out, 16) || !Aligned(p.plan.partial_norm, 8)) {
     return absl::InvalidArgumentError(
-        "compact_decode_attention: q, an output or an array of plan is misaligned");
+        "compact_decode_attention: q, an output, pages, newest or an array of plan is misaligned");
   }
   return absl::OkStatus();
 }
@@ -125,16 +135,19 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
       .ring_pages_per_span = spans.ring_pages_per_span(),
       .max_pieces = p.plan.max_pieces,
       .group = p.num_heads / spans.num_kv_heads,
+      .ring_slots = 0,  // set by the launch
       .scale_log2 = p.scale * std::numbers::log2e_v<float>,
       .rotated = KvFormatOf(spans.format).rotated};
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
-  const int grid = num_sms * kBlocksPerSm;
-  return CudaStatus(spans.head_dim == 64
-                        ? LaunchFormat<64>(spans.format, args, grid, p.overlap_launch, stream)
-                        : LaunchFormat<128>(spans.format, args, grid, p.overlap_launch, stream));
+  const int most_pages = spans.max_survivor_pages + spans.ring_pages_per_span() + 1;
+  const int64_t most_pieces =
+      int64_t{p.num_seqs} * spans.num_kv_heads * ((most_pages + kPagesPerUnit - 1) / kPagesPerUnit);
+  device::DecodeLaunch launch = {
+      .map = {},
+      .max_blocks = static_cast<int>(std::min<int64_t>(most_pieces, 1 << 16)),
+      .overlap = p.overlap_launch};
+  WINNOW_ASSIGN_OR_RETURN(launch.map, PagesMap(spans));
+  return spans.head_dim == 64 ? LaunchFormat<64>(spans.format, args, launch, stream)
+                              : LaunchFormat<128>(spans.format, args, launch, stream);
 }
 
 }  // namespace winnow::kernels

@@ -20,8 +20,10 @@ struct CompactDecodeAttentionCudaParams {
   Bf16* out_bf16 = nullptr;  // the same, rounded to BF16
   int num_seqs = 0, num_heads = 0;
   float scale = 0.0f;
-  // The launch may begin while the kernel before it in the stream ends; it waits for that
-  // one's results before it reads anything.
+  // The launch may begin while the kernel before it in the stream ends. Before it waits for
+  // that one it reads the plan, page tables and stored tokens, but for the pages and the row
+  // that the step's own token goes to. REQUIRES that what wrote them was complete before the
+  // kernel before this one began.
   bool overlap_launch = false;
 };
 

@@ -2,9 +2,9 @@
 
 namespace winnow::kernels::device {
 
-template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 64>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
-template cudaError_t LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 128>(
-    const CompactDecodeArgs&, int, bool, cudaStream_t);
+template absl::Status LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 64>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
+template absl::Status LaunchCompactDecode<KvElement::kE4m3, KvElement::kE4m3, 128>(
+    const CompactDecodeArgs&, const DecodeLaunch&, cudaStream_t);
 
 }  // namespace winnow::kernels::device

@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
@@ -8,15 +10,14 @@
 namespace winnow::kernels {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kMaxThreads = 1024;
 constexpr int kClasses = 16;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Of pieces: the more rounds of the attention's warps (and then the more pages), the higher.
+// Of pieces: the more pages the higher.
 __device__ __forceinline__ int ClassOf(int num_pages) {
   if (num_pages <= kPagesPerUnit) return num_pages - 1;
-  const int rounds = (num_pages + kPagesPerUnit - 1) / kPagesPerUnit;
-  return min(kPagesPerUnit - 1 + 32 - __clz(rounds - 1), kClasses - 1);
+  return min(kPagesPerUnit - 1 + 32 - __clz((num_pages - 1) / kPagesPerUnit), kClasses - 1);
 }
 
 __device__ __forceinline__ int WarpExclusiveSum(int x, int lane, int* total) {
@@ -33,85 +34,141 @@ __device__ __forceinline__ int WarpExclusiveSum(int x, int lane, int* total) {
 // How one span is cut.
 struct Cut {
   int row = 0, span = 0;
-  SpanState state;
-  int num_pages = 0;
+  int num_survivors = 0, num_ring = 0;
+  int fresh = -1;
   int num_pieces = 0;
-  int full = 0;  // pages of every piece but the last
-  int last = 0;  // pages of the last
+  int pages = 0;
+  int full = 1;  // pages of every piece but the last
+  int last = 1;  // pages of the last
+
+  // One item for the whole span.
+  __device__ __forceinline__ void MakeWhole() {
+    num_pieces = 1;
+    full = last = pages;
+  }
 };
 
 __device__ Cut CutSpan(const DecodePlanParams& p, int layer, int row, int num_rows, int slots) {
   Cut cut;
   if (row >= num_rows) return cut;
-  const int heads = p.spans.num_kv_heads;
+  const int heads = p.spans.num_kv_heads, window = p.spans.window;
   const int slot = p.slots[row / heads];
   if (slot < 0) return cut;
   cut.row = row;
   cut.span = slot * heads + row % heads;
-  cut.state = p.spans.state[static_cast<int64_t>(layer) * p.spans.max_sequences * heads + cut.span];
-  if (cut.state.num_tokens == 0) return cut;
-  cut.num_pages =
-      (cut.state.num_survivors + slots - 1) / slots + (cut.state.num_ring + slots - 1) / slots + 1;
-  cut.full = PieceUnits(cut.num_pages) * kPagesPerUnit;
-  cut.num_pieces = (cut.num_pages + cut.full - 1) / cut.full;
-  cut.last = cut.num_pages - (cut.num_pieces - 1) * cut.full;
+  const SpanState state =
+      p.spans.state[static_cast<int64_t>(layer) * p.spans.max_sequences * heads + cut.span];
+  if (state.num_tokens == 0) return cut;
+  cut.num_survivors = state.num_survivors;
+  cut.num_ring = state.num_ring;
+  const int survivors = (state.num_survivors + slots - 1) / slots;
+  const int pages = survivors + (state.num_ring + slots - 1) / slots + 1;
+  if (state.num_ring > 0) {
+    // The slot before the oldest, or the last while the ring fills.
+    const int at = state.num_ring == window && state.ring_start > 0 ? state.ring_start - 1
+                                                                    : state.num_ring - 1;
+    cut.fresh = survivors + at / slots;
+  }
+  cut.pages = pages;
+  cut.full = PieceUnits(pages) * kPagesPerUnit;
+  cut.num_pieces = (pages + cut.full - 1) / cut.full;
+  cut.last = pages - (cut.num_pieces - 1) * cut.full;
   return cut;
+}
+
+// Calls visit(c, n) for every class c of which the warp's lanes have pieces; n is the lane's.
+template <typename Visit>
+__device__ __forceinline__ void ForEachClass(const Cut& cut, Visit visit) {
+  const int full = cut.num_pieces > 1 ? ClassOf(cut.full) : -1;
+  const int last = cut.num_pieces > 0 ? ClassOf(cut.last) : -1;
+  unsigned classes = (full >= 0 ? 1u << full : 0) | (last >= 0 ? 1u << last : 0);
+  classes = __reduce_or_sync(kAll, classes);
+  while (classes != 0) {
+    const int c = 31 - __clz(classes);
+    classes ^= 1u << c;
+    visit(c, (full == c ? cut.num_pieces - 1 : 0) + (last == c ? 1 : 0));
+  }
 }
 
 // Grid: a block a layer. A thread cuts a span, a warp writes the pieces of its 32 spans.
 // Shared memory: the pieces of each class, counted first, then dealt out.
-__global__ void __launch_bounds__(kThreads)
-    DecodePlanKernel(const DecodePlanParams p, int slots, int ring_pages) {
-  __shared__ int class_count[kClasses], class_next[kClasses], partials;
-  const int layer = static_cast<int>(blockIdx.x);
+//
+// Where the device's blocks have several spans each, most spans are one item each, which
+// costs no partial results; the other spans' pieces come last and even out the blocks' ends.
+__global__ void __launch_bounds__(kMaxThreads)
+    DecodePlanKernel(const DecodePlanParams p, int slots, int num_blocks) {
+  __shared__ int class_count[kClasses], class_next[kClasses], partials, fits;
+  __shared__ int total_pages, longest;
+  const int layer = static_cast<int>(blockIdx.x), threads = static_cast<int>(blockDim.x);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int num_rows = p.num_seqs * p.spans.num_kv_heads;
   const int padded_rows = (num_rows + 31) / 32 * 32;  // whole warps
   if (tid < kClasses) class_count[tid] = 0;
-  if (tid == 0) partials = 0;
+  if (tid == 0) partials = total_pages = longest = 0;
+  Cut first_cut = CutSpan(p, layer, tid, num_rows, slots);
   __syncthreads();
-  for (int row = tid; row < padded_rows; row += kThreads) {
-    const Cut cut = CutSpan(p, layer, row, num_rows, slots);
-    for (int c = 0; c < kClasses; ++c) {
-      int mine = 0;
-      if (cut.num_pieces > 0) {
-        mine = (ClassOf(cut.full) == c ? cut.num_pieces - 1 : 0) + (ClassOf(cut.last) == c ? 1 : 0);
-      }
-      const int sum = __reduce_add_sync(kAll, mine);
-      if (lane == 0 && sum > 0) atomicAdd(&class_count[c], sum);
+  for (int row = tid; row < padded_rows; row += threads) {
+    const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
+    const int sum = __reduce_add_sync(kAll, cut.pages);
+    if (lane == 0) atomicAdd(&total_pages, sum);
+  }
+  __syncthreads();
+  const int most = total_pages / num_blocks * 2 / 3;  // pages of a span that may stay whole
+  for (int row = tid; row < padded_rows; row += threads) {
+    const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
+    const int largest = __reduce_max_sync(kAll, cut.pages <= most ? cut.pages : 0);
+    if (lane == 0) atomicMax(&longest, largest);
+  }
+  __syncthreads();
+  // Pieces worth 0.6 of the longest such span a block are left.
+  const float left = 0.6f * static_cast<float>(num_blocks) * static_cast<float>(longest);
+  const int whole_rows =
+      static_cast<int>(static_cast<float>(num_rows) *
+                       fmaxf(0.0f, 1.0f - left / fmaxf(1.0f, static_cast<float>(total_pages))));
+  const auto settle = [&](Cut& cut) {
+    if (cut.num_pieces > 1 && cut.row < whole_rows && cut.pages <= most) cut.MakeWhole();
+  };
+  const auto cut_span = [&](int row) {
+    Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
+    settle(cut);
+    return cut;
+  };
+  for (int row = tid; row < padded_rows; row += threads) {
+    const Cut cut = cut_span(row);
+    ForEachClass(cut, [&](int c, int n) {
+      const int sum = __reduce_add_sync(kAll, n);
+      if (lane == 0) atomicAdd(&class_count[c], sum);
+    });
+  }
+  __syncthreads();
+  if (tid < 32) {
+    // Larger classes first.
+    const int c = kClasses - 1 - lane;
+    int total;
+    const int before = WarpExclusiveSum(c >= 0 ? class_count[c] : 0, lane, &total);
+    if (c >= 0) class_next[c] = before;
+    if (lane == 0) {
+      fits = total <= p.plan.max_pieces ? 1 : 0;
+      if (fits == 0) *p.plan.overflow = 1;
+      p.plan.num_pieces[layer] = fits != 0 ? total : 0;
     }
   }
   __syncthreads();
-  if (tid == 0) {
-    int sum = 0;
-    for (int c = kClasses - 1; c >= 0; --c) {
-      class_next[c] = sum;
-      sum += class_count[c];
-    }
-    p.plan.num_pieces[layer] = min(sum, p.plan.max_pieces);
-  }
-  __syncthreads();
+  if (fits == 0) return;
   DecodePiece* pieces = p.plan.pieces + static_cast<int64_t>(layer) * p.plan.max_pieces;
-  const int64_t first_span =
-      static_cast<int64_t>(layer) * p.spans.max_sequences * p.spans.num_kv_heads;
-  for (int row = tid; row < padded_rows; row += kThreads) {
-    const Cut cut = CutSpan(p, layer, row, num_rows, slots);
+  for (int row = tid; row < padded_rows; row += threads) {
+    const Cut cut = cut_span(row);
+    const int full_class = ClassOf(cut.full), last_class = ClassOf(cut.last);
     int full_at = 0, last_at = 0;
-    for (int c = kClasses - 1; c >= 0; --c) {
-      int full = 0, last = 0;
-      if (cut.num_pieces > 0) {
-        full = ClassOf(cut.full) == c ? cut.num_pieces - 1 : 0;
-        last = ClassOf(cut.last) == c ? 1 : 0;
-      }
-      if (__ballot_sync(kAll, full + last > 0) == 0) continue;
+    ForEachClass(cut, [&](int c, int n) {
       int total;
-      int at = WarpExclusiveSum(full + last, lane, &total);
+      int at = WarpExclusiveSum(n, lane, &total);
       int base = 0;
       if (lane == 0) base = atomicAdd(&class_next[c], total);
       at += __shfl_sync(kAll, base, 0);
-      if (full > 0) full_at = at;
-      if (last > 0) last_at = at + full;
-    }
+      if (full_class == c) full_at = at;
+      if (last_class == c) last_at = at + n - 1;
+    });
     int total_partials;
     int partial = WarpExclusiveSum(cut.num_pieces > 1 ? cut.num_pieces : 0, lane, &total_partials);
     int partial_base = 0;
@@ -129,35 +186,21 @@ __global__ void __launch_bounds__(kThreads)
         if (candidate_first <= i) owner = candidate;
       }
       const auto of_owner = [owner](int x) { return __shfl_sync(kAll, x, owner); };
-      DecodePiece piece = {};
+      DecodePiece piece;
       piece.row = of_owner(cut.row);
       piece.span = of_owner(cut.span);
-      piece.num_pieces = of_owner(cut.num_pieces);
-      piece.piece = i - of_owner(first);
       piece.partial = of_owner(partial);
-      piece.num_survivors = of_owner(cut.state.num_survivors);
-      piece.num_ring = of_owner(cut.state.num_ring);
+      piece.num_survivors = of_owner(cut.num_survivors);
+      piece.num_ring = of_owner(cut.num_ring);
+      piece.fresh_ring_page = of_owner(cut.fresh);
+      const int num_pieces = of_owner(cut.num_pieces), index = i - of_owner(first);
       const int full = of_owner(cut.full), last = of_owner(cut.last);
-      const int full_start = of_owner(full_at), last_start = of_owner(last_at);
+      const int full_start = of_owner(full_at), last_place = of_owner(last_at);
       if (i >= total) continue;  // every lane comes here in the last turn alone
-      const bool is_last = piece.piece == piece.num_pieces - 1;
-      piece.first_page = piece.piece * full;
+      const bool is_last = index == num_pieces - 1;
+      piece.first_page = index * full;
       piece.num_pages = is_last ? last : full;
-      const int at = is_last ? last_start : full_start + piece.piece;
-      const int survivors = (piece.num_survivors + slots - 1) / slots;
-      const int ring = (piece.num_ring + slots - 1) / slots;
-      const int64_t span = first_span + piece.span;
-#pragma unroll
-      for (int j = 0; j < kPagesPerUnit; ++j) {
-        const int page = piece.first_page + j;
-        piece.page[j] = -1;
-        if (page < survivors) {
-          piece.page[j] = p.spans.survivor_pages[span * p.spans.max_survivor_pages + page];
-        } else if (page < survivors + ring) {
-          piece.page[j] = p.spans.ring_pages[span * ring_pages + page - survivors];
-        }
-      }
-      if (at < p.plan.max_pieces) pieces[at] = piece;
+      pieces[is_last ? last_place : full_start + index] = piece;
     }
   }
 }
@@ -172,9 +215,8 @@ absl::Status ValidateDecodePlan(const DecodePlanParams& p) {
                      " num_kv_heads=", p.spans.num_kv_heads,
                      " max_sequences=", p.spans.max_sequences, " max_pieces=", p.plan.max_pieces));
   }
-  if (p.slots == nullptr || p.spans.state == nullptr || p.spans.survivor_pages == nullptr ||
-      (p.spans.window > 0 && p.spans.ring_pages == nullptr) || p.plan.pieces == nullptr ||
-      p.plan.num_pieces == nullptr) {
+  if (p.slots == nullptr || p.spans.state == nullptr || p.plan.pieces == nullptr ||
+      p.plan.num_pieces == nullptr || p.plan.overflow == nullptr) {
     return absl::InvalidArgumentError("decode_plan: a pointer is null");
   }
   return ValidateHeadDim(p.spans.head_dim);
@@ -183,8 +225,15 @@ absl::Status ValidateDecodePlan(const DecodePlanParams& p) {
 absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateDecodePlan(params));
   if (params.num_seqs == 0) return absl::OkStatus();
-  DecodePlanKernel<<<params.spans.num_layers, kThreads, 0, stream>>>(
-      params, params.spans.slots_per_page(), params.spans.ring_pages_per_span());
+  const int rows = params.num_seqs * params.spans.num_kv_heads;
+  const int threads = std::min((rows + 31) / 32 * 32, kMaxThreads);
+  int device = 0, num_sms = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  const int num_blocks = params.force_blocks > 0 ? params.force_blocks : 2 * num_sms;
+  DecodePlanKernel<<<params.spans.num_layers, threads, 0, stream>>>(
+      params, params.spans.slots_per_page(), num_blocks);
   return CudaStatus(cudaGetLastError());
 }
 

@@ -80,6 +80,22 @@ __device__ __forceinline__ SplitPair SplitBf16(float x0, float x1) {
   return out;
 }
 
+// One value: the high part in the lower half, the low part in the upper.
+__device__ __forceinline__ uint32_t SplitOneF16(float x) {
+  const __half hi = __float2half_rn(x);
+  const __half2 both = __halves2half2(hi, __float2half_rn(x - __half2float(hi)));
+  uint32_t out;
+  memcpy(&out, &both, 4);
+  return out;
+}
+__device__ __forceinline__ uint32_t SplitOneBf16(float x) {
+  const __nv_bfloat16 hi = __float2bfloat16_rn(x);
+  const __nv_bfloat162 both = __halves2bfloat162(hi, __float2bfloat16_rn(x - __bfloat162float(hi)));
+  uint32_t out;
+  memcpy(&out, &both, 4);
+  return out;
+}
+
 // 2^x; 0 for -infinity.
 __device__ __forceinline__ float Exp2(float x) {
   float y;

@@ -100,6 +100,23 @@ __device__ __forceinline__ void LoadBox3(void* to, const CUtensorMap* map, uint6
       "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+__device__ __forceinline__ void LoadBox2(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                         int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+// `bytes` contiguous ones, a multiple of 16; both addresses too.
+__device__ __forceinline__ void LoadBulk(void* to, const void* from, uint32_t bytes,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+}
 __device__ __forceinline__ void LoadBox4(void* to, const CUtensorMap* map, uint64_t* barrier,
                                          int c0, int c1, int c2, int c3) {
   asm volatile(

@@ -33,7 +33,9 @@ struct PlanMemory {
         next_piece(static_cast<size_t>(2 * layers)),
         arrivals(static_cast<size_t>(rows)),
         out(static_cast<size_t>(max_pieces) * static_cast<size_t>(group * head_dim)),
-        norm(static_cast<size_t>(max_pieces) * static_cast<size_t>(group * 2)) {
+        norm(static_cast<size_t>(max_pieces) * static_cast<size_t>(group * 2)),
+        overflow(1) {
+    overflow.Fill(0);
     next_piece.Fill(0);
     arrivals.Fill(0);
   }
@@ -44,12 +46,14 @@ struct PlanMemory {
             .arrivals = arrivals.get(),
             .partial_out = out.get(),
             .partial_norm = norm.get(),
-            .max_pieces = max_pieces};
+            .max_pieces = max_pieces,
+            .overflow = overflow.get()};
   }
   const int max_pieces;
   DeviceArray<DecodePiece> pieces;
   DeviceArray<int32_t> num_pieces, next_piece, arrivals;
   DeviceArray<float> out, norm;
+  DeviceArray<int32_t> overflow;
 };
 
 std::vector<SpanLength> Lengths(const DecodeCase& c) {
@@ -68,7 +72,7 @@ class CompactDecodeGpu : public testing::TestWithParam<DecodeCase> {
 // Output [sequences of `slots`, heads, head_dim]; a row without a sequence keeps its 0xff.
 std::vector<float> Attend(const DecodeCase& c, const DeviceSpanCase& spans,
                           const std::vector<int32_t>& slots, const std::vector<float>& q,
-                          int times = 1) {
+                          int times = 1, int force_blocks = 0) {
   const int rows = static_cast<int>(slots.size()) * c.num_kv_heads;
   PlanMemory memory(rows, spans.total_pages(), c.group, c.head_dim);
   DeviceArray<int32_t> device_slots(slots);
@@ -79,7 +83,8 @@ std::vector<float> Attend(const DecodeCase& c, const DeviceSpanCase& spans,
   absl::Status status = LaunchDecodePlan({.spans = spans.device(),
                                           .slots = device_slots.get(),
                                           .num_seqs = static_cast<int>(slots.size()),
-                                          .plan = memory.plan()},
+                                          .plan = memory.plan(),
+                                          .force_blocks = force_blocks},
                                          stream);
   EXPECT_TRUE(status.ok()) << status;
   for (int i = 0; i < times; ++i) {
@@ -99,6 +104,10 @@ std::vector<float> Attend(const DecodeCase& c, const DeviceSpanCase& spans,
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
   for (const int32_t left : memory.arrivals.Get()) EXPECT_EQ(left, 0);
   for (const int32_t left : memory.next_piece.Get()) EXPECT_EQ(left, 0);
+  EXPECT_EQ(memory.overflow.Get()[0], 0);
+  memory.pieces.Get();  // checks what lies around them
+  memory.out.Get();
+  memory.norm.Get();
   return out.Get();
 }
 
@@ -131,7 +140,8 @@ std::vector<int32_t> AllSlots(const DecodeCase& c) {
 // of D products summed in float32, truncated, each step at most 2^-22 of the sum of their
 // magnitudes, a; three more products. A probability is off by that and by 2^-21 of exp2 and
 // of its own split (2^-16 for bf16), both above and below the fraction. Sums: a matrix product
-// adds 16 keys to the sum; at most `steps` of them, then 4 warps and kMaxPieces pieces.
+// adds 16 keys to the sum, two of them a page, after the sum is scaled; a warp has two pages
+// of each PieceUnits(), then come kPagesPerUnit warps at most and, twice each, kMaxPieces pieces.
 //
 // The CPU sums the keys one by one, n steps; its dots and exp are float32.
 struct Bounded {
@@ -162,7 +172,7 @@ Bounded Reference(const DecodeCase& c, const KvLayout& layout, const Span& span,
   const double score_error = a * (split + (dim + 8) * std::ldexp(1.0, -22));
   const double p_error = 2.0 * score_error + std::ldexp(1.0, -21) + split;
   const int pages = n / layout.slots_per_page + 3;
-  const double steps = 17.0 * (2.0 * PieceUnits(pages)) + 4 + kMaxPieces;
+  const double steps = (2 * 17 + 1) * 2 * PieceUnits(pages) + kPagesPerUnit + 2 * kMaxPieces;
   const double relative = 2.0 * p_error + steps * std::ldexp(1.0, -22);
   const double cpu_relative =
       2.0 * (2.0 * a * (dim + 8) * std::ldexp(1.0, -23) + std::ldexp(1.0, -20)) +
@@ -229,11 +239,19 @@ TEST_P(CompactDecodeGpu, IsWithinItsBoundOfTheExactResultAndTheCpus) {
       const Bounded want = Reference(c, layout, spans.span(0, s, h / c.group), &q[at]);
       double slack = 0.0, cpu_slack = 0.0;
       if (rotated) {
-        // The matrix is its own inverse; each output mixes a whole head's errors.
+        // The matrix is its own inverse, so errors from before stay in their channels. Each
+        // rotation rounds log2(dim) + 1 times, at most (that) * 2^-24 * sum / sqrt(dim) a channel;
+        // the kernel's comes back as up to sqrt(dim) of them.
         HadamardRotate(c.head_dim, &got[at]);
         HadamardRotate(c.head_dim, &cpu[at]);
-        for (const double b : want.bound) slack += b + std::ldexp(1.0, -20);
-        for (const double b : want.cpu_bound) cpu_slack += b + std::ldexp(1.0, -20);
+        for (int d = 0; d < c.head_dim; ++d) {
+          const size_t i = static_cast<size_t>(d);
+          const double rounding = 9.0 * std::ldexp(1.0, -24);
+          slack += rounding * (std::fabs(want.out[i]) + want.bound[i]);
+          cpu_slack += rounding * (std::fabs(want.out[i]) + want.cpu_bound[i]);
+        }
+        slack *= 1.0 + 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+        cpu_slack *= 1.0 + 1.0 / std::sqrt(static_cast<double>(c.head_dim));
       }
       for (int d = 0; d < c.head_dim; ++d) {
         const size_t i = static_cast<size_t>(d);
@@ -261,6 +279,12 @@ TEST_P(CompactDecodeGpu, BitsDoNotDependOnRunsOrBatchMates) {
   const std::vector<float> all = Attend(c, spans, AllSlots(c), q);
   const std::vector<float> again = Attend(c, spans, AllSlots(c), q, /*times=*/3);
   ASSERT_EQ(std::memcmp(all.data(), again.data(), all.size() * sizeof(float)), 0);
+  // Few blocks: spans stay whole; many: all are cut.
+  for (const int blocks : {1, 3, 1 << 20}) {
+    const std::vector<float> dealt = Attend(c, spans, AllSlots(c), q, 1, blocks);
+    ASSERT_EQ(std::memcmp(all.data(), dealt.data(), all.size() * sizeof(float)), 0)
+        << blocks << " blocks";
+  }
   const size_t row = q.size() / static_cast<size_t>(c.num_sequences);
   for (int s = 0; s < c.num_sequences; ++s) {
     const std::vector<float> own(q.begin() + static_cast<std::ptrdiff_t>(row) * s,
@@ -273,6 +297,145 @@ TEST_P(CompactDecodeGpu, BitsDoNotDependOnRunsOrBatchMates) {
         << "sequence " << s;
     const std::vector<uint8_t> untouched(row * sizeof(float), 0xff);
     EXPECT_EQ(std::memcmp(alone.data(), untouched.data(), untouched.size()), 0);
+  }
+}
+
+struct MarkerCase {
+  KvFormatId format;
+  int head_dim, group;
+  std::vector<int> lengths;  // live tokens of each sequence
+};
+
+class CompactDecodeMarkers : public testing::TestWithParam<MarkerCase> {
+ protected:
+  void SetUp() override { RequireGpu(); }
+};
+
+// Whether key `token` has a marker in channel `d`: the bits of its number, then of a hash.
+bool HasMarker(int token, int d) {
+  if (d == 0) return true;
+  if (d <= 19) return (token >> (d - 1) & 1) != 0;
+  uint64_t x = static_cast<uint64_t>(token) * 0x9e3779b97f4a7c15ull + 0x632be59bd9b4e019ull;
+  x = (x ^ (x >> 31)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 29)) * (2 * static_cast<uint64_t>(d) + 1);
+  return (x >> 63) != 0;
+}
+
+// A query of zeros weighs all keys alike, and V holds 0, a power of two or, in channel 0, the
+// largest code, with a scale of 1: all sums are exact, so a channel counts its markers and a
+// key that is lost, or seen twice, shows in half of the channels.
+TEST_P(CompactDecodeMarkers, EachLiveKeyCountsOnce) {
+  const MarkerCase& m = GetParam();
+  const KvElement element = KvFormatOf(m.format).v;
+  const float largest = element == KvElement::kE4m3   ? 448.0f
+                        : element == KvElement::kInt8 ? 127.0f
+                                                      : 1.0f;
+  const float marker = element == KvElement::kBf16 ? 1.0f : 64.0f;
+  constexpr int kWindow = 64;
+  const auto token = [&](int j, float*, float* v) {
+    for (int d = 0; d < m.head_dim; ++d) {
+      v[d] = d == 0 ? largest : HasMarker(j, d) ? marker : 0.0f;
+    }
+  };
+  DecodeCase c{.format = m.format,
+               .head_dim = m.head_dim,
+               .group = m.group,
+               .num_kv_heads = 1,
+               .window = kWindow,
+               .num_sequences = static_cast<int>(m.lengths.size())};
+  for (const int n : m.lengths) {
+    const int ring = std::min(n - 1, kWindow);
+    c.lengths.push_back({n - 1 - ring, ring});
+  }
+  const DeviceSpanCase spans({.format = m.format,
+                              .head_dim = m.head_dim,
+                              .window = kWindow,
+                              .num_kv_heads = 1,
+                              .token = token},
+                             c.num_sequences, c.lengths);
+  const std::vector<float> q(static_cast<size_t>(c.num_sequences * m.group * m.head_dim));
+  std::vector<float> got = Attend(c, spans, AllSlots(c), q);
+  for (size_t s = 0; s < m.lengths.size(); ++s) {
+    const int n = m.lengths[s];
+    std::vector<int> count(static_cast<size_t>(m.head_dim));
+    for (int j = 0; j < n; ++j) {
+      for (int d = 0; d < m.head_dim; ++d) count[static_cast<size_t>(d)] += HasMarker(j, d) ? 1 : 0;
+    }
+    for (int h = 0; h < m.group; ++h) {
+      float* out = &got[(s * static_cast<size_t>(m.group) + static_cast<size_t>(h)) *
+                        static_cast<size_t>(m.head_dim)];
+      if (KvFormatOf(m.format).rotated) HadamardRotate(m.head_dim, out);
+      for (int d = 0; d < m.head_dim; ++d) {
+        const double unit = d == 0 ? largest : marker;
+        // Off by a division's rounding, or both rotations', far below half a key.
+        ASSERT_NEAR(double{out[d]} * n / unit, count[static_cast<size_t>(d)], 0.4)
+            << "length " << n << " head " << h << " channel " << d;
+      }
+    }
+  }
+}
+
+std::vector<MarkerCase> MarkerCases() {
+  std::vector<MarkerCase> cases;
+  for (const KvFormat& format : kKvFormats) {
+    for (const int dim : {64, 128}) {
+      const std::vector<int> lengths = {1,   2,    15,   16,   17,   31,   32,   33,   47,  64,
+                                        65,  66,   81,   97,   98,   127,  321,  322,  577, 833,
+                                        997, 1024, 1500, 2017, 2049, 2081, 2113, 4099, 8209};
+      cases.push_back({format.id, dim, 4, lengths});
+      cases.push_back({format.id, dim, 7, lengths});
+      // The rotations' rounding would hide a key of more.
+      if (!format.rotated) cases.push_back({format.id, dim, 1, {70001, 32801, 16511}});
+    }
+  }
+  cases.push_back({KvFormatId::kFp8, 64, 2, {270000}});
+  cases.push_back({KvFormatId::kK8V8, 64, 1, {270000}});
+  cases.push_back({KvFormatId::kBf16, 64, 1, {270000}});
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CompactDecodeMarkers, testing::ValuesIn(MarkerCases()),
+                         [](const auto& c) {
+                           return std::string(KvFormatName(c.param.format)) + "_d" +
+                                  std::to_string(c.param.head_dim) + "_group" +
+                                  std::to_string(c.param.group) + "_" +
+                                  std::to_string(c.param.lengths.front());
+                         });
+
+TEST(CompactDecodePlan, SaysWhenPiecesDoNotFit) {
+  RequireGpu();
+  if (testing::Test::IsSkipped()) return;
+  const DecodeCase c{.num_kv_heads = 2, .window = 64, .lengths = {{700, 64}}, .num_sequences = 3};
+  const DeviceSpanCase spans = Spans(c);
+  const int rows = c.num_kv_heads * c.num_sequences;  // of 25 pages, 4 pieces
+  DeviceArray<int32_t> slots(AllSlots(c));
+  DeviceArray<float> q(RandomQueries(c, c.num_sequences)), out(q.size());
+  for (const int missing : {0, 1, 7}) {
+    PlanMemory exact(4 * rows - missing, 0, c.group, c.head_dim);  // as many pieces
+    ASSERT_EQ(exact.max_pieces, 4 * rows - missing);
+    out.Fill(0xff);
+    ASSERT_TRUE(LaunchDecodePlan({.spans = spans.device(),
+                                  .slots = slots.get(),
+                                  .num_seqs = c.num_sequences,
+                                  .plan = exact.plan()},
+                                 nullptr)
+                    .ok());
+    ASSERT_TRUE(LaunchCompactDecodeAttention({.spans = spans.device(),
+                                              .plan = exact.plan(),
+                                              .q = q.get(),
+                                              .out_f32 = out.get(),
+                                              .num_seqs = c.num_sequences,
+                                              .num_heads = c.num_kv_heads * c.group,
+                                              .scale = 0.1f},
+                                             nullptr)
+                    .ok());
+    EXPECT_EQ(exact.overflow.Get()[0], missing == 0 ? 0 : 1);
+    EXPECT_EQ(exact.num_pieces.Get()[0], missing == 0 ? 4 * rows : 0);
+    exact.pieces.Get();  // checks what lies around them
+    exact.out.Get();
+    exact.norm.Get();
+    for (const int32_t left : exact.arrivals.Get()) EXPECT_EQ(left, 0);
+    for (const float x : out.Get()) ASSERT_EQ(std::isnan(x), missing != 0);
   }
 }
 
@@ -294,7 +457,8 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
                .arrivals = ints,
                .partial_out = floats,
                .partial_norm = floats,
-               .max_pieces = 8};
+               .max_pieces = 8,
+               .overflow = ints};
   good.q = good.out_f32 = floats;
   good.num_seqs = 1;
   good.num_heads = 6;
@@ -339,7 +503,7 @@ std::vector<DecodeCase> Cases() {
       cases.push_back({.name = name + "_dense",
                        .format = format.id,
                        .head_dim = dim,
-                       .group = 2,
+                       .group = 6,
                        .num_kv_heads = 1,
                        .window = 0,
                        .lengths = {{0, 0}, {1, 0}, {slots * 4 - 1, 0}, {1531, 0}},

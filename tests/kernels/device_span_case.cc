@@ -70,9 +70,12 @@ DeviceSpanCase::DeviceSpanCase(const DeviceSpanShape& shape, int num_sequences,
   std::normal_distribution<float> normal;
   std::vector<float> k(static_cast<size_t>(shape.head_dim)), v = k;
   std::vector<uint8_t> row(token_bytes);
-  const auto random_row = [&] {
+  int token = 0;  // of the span
+  const auto next_row = [&] {
     for (float& x : k) x = 1.5f * normal(rng);
     for (float& x : v) x = normal(rng);
+    if (shape.token != nullptr) shape.token(token, k.data(), v.data());
+    ++token;
     kernels::StoreRow(shape.format, shape.head_dim, k.data(), v.data(), row.data());
   };
   const kernels::KvLayout at = layout();
@@ -82,7 +85,7 @@ DeviceSpanCase::DeviceSpanCase(const DeviceSpanShape& shape, int num_sequences,
         AddPage(table, free.back());
         free.pop_back();
       }
-      random_row();
+      next_row();
       kernels::CopyRowToPage(shape.format, shape.head_dim, row.data(),
                              at.Page(table->At(i / slots)), i % slots);
     }
@@ -92,9 +95,10 @@ DeviceSpanCase::DeviceSpanCase(const DeviceSpanShape& shape, int num_sequences,
   std::vector<int32_t> ring(lengths.size() * static_cast<size_t>(ring_per_span), -77);
   for (size_t i = 0; i < lengths.size(); ++i) {
     Span& span = spans_[i];
+    token = 0;
     fill(&span.survivors, lengths[i].survivors);
     fill(&span.ring, lengths[i].ring);
-    random_row();
+    next_row();
     span.newest = &host_newest_[i * newest_stride];
     std::copy(row.begin(), row.end(), span.newest);
     span.ring_evict = &host_evict_[i * evict_stride];

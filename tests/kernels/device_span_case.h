@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -23,6 +24,8 @@ struct DeviceSpanShape {
   int spare_pages = 0;    // pages of the pool that no span holds
   int max_survivors = 0;  // room in the tables beyond what lengths need
   uint32_t seed = 1;
+  // Sets K and V [head_dim] of a token, 0 for the span's oldest; not set: random values.
+  std::function<void(int token, float* k, float* v)> token;
 };
 
 // The same spans twice, in host memory for the CPU ops and in device memory: random stored

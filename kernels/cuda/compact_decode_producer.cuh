@@ -1,0 +1,208 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/compact_decode_shared.cuh"
+
+// The warp that feeds a block: it deals pieces to it, prepares their queries and copies their
+// pages into the ring.
+namespace winnow::kernels::device {
+
+template <KvElement kK, KvElement kV, int kDim, int kHeads>
+class DecodeProducer {
+ public:
+  using S = DecodeShape<kK, kV, kDim>;
+  using Shared = DecodeShared<kK, kV, kDim, kHeads>;
+  using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
+
+  __device__ __forceinline__ DecodeProducer(const CompactDecodeArgs& args, const CUtensorMap* map,
+                                            uint8_t* ring, Shared& shared, int lane)
+      : args_(args),
+        map_(map),
+        ring_(ring),
+        scales_(ring + args.ring_slots * S::kCodeBytes),
+        shared_(shared),
+        lane_(lane) {}
+
+  __device__ void Run() {
+    const int grid = static_cast<int>(gridDim.x);
+    int at = static_cast<int>(blockIdx.x), next_at = at + grid;
+    PieceWords piece = LoadPiece(at, args_.max_pieces);  // perhaps none: before the count is here
+    const int num_pieces = *args_.num_pieces;
+    if (at >= num_pieces) piece.word = 0;
+    int ids = PageIds(piece, 0);
+    // What the kernel before this one does not write is on its way before that one ends.
+    uint32_t begun = 0;
+    if (at < num_pieces) begun = BeginPages(piece, ids, begun, /*settled=*/true);
+    ptx::WaitForPredecessors();
+    int following_at = num_pieces;
+    if (lane_ == 0 && next_at < num_pieces) {
+      following_at = 2 * grid + atomicAdd(args_.next_piece, 1);
+    }
+    float4 query[Warp::kSteps];
+    LoadQuery(piece, query);
+    if (at < num_pieces) begun = BeginPages(piece, ids, begun, /*settled=*/false);
+    PieceWords next = LoadPiece(next_at, num_pieces);
+    bool first = true;
+    for (; at < num_pieces; first = false) {
+      PublishPiece(piece, query);
+      const int next_ids = PageIds(next, 0);
+      LoadQuery(next, query);
+      const int after_at = __shfl_sync(0xffffffffu, following_at, 0);
+      const PieceWords after = LoadPiece(after_at, num_pieces);
+      if (lane_ == 0 && after_at < num_pieces) {
+        following_at = 2 * grid + atomicAdd(args_.next_piece, 1);
+      }
+      const int pages = piece.Get(kNumPages);
+      for (int i = 0; i < pages; ++i) {
+        if (i > 0 && i % 32 == 0) ids = PageIds(piece, i);
+        const int id = __shfl_sync(0xffffffffu, ids, i % 32);
+        if (!(first && i < 32 && (begun >> i & 1) != 0)) {
+          RingWait(&shared_.empty[cursor_.slot], cursor_.turn ^ 1);
+          Fill(piece, id, cursor_.slot);
+        }
+        cursor_.Advance(1, args_.ring_slots);
+      }
+      piece = next;
+      ids = next_ids;
+      at = next_at;
+      next = after;
+      next_at = after_at;
+    }
+    PublishPiece(PieceWords{}, query);
+    // The last block to end leaves the counters as it found them.
+    if (lane_ == 0 && atomicAdd(args_.next_piece + 1, 1) == grid - 1) {
+      args_.next_piece[0] = 0;
+      args_.next_piece[1] = 0;
+    }
+  }
+
+ private:
+  // No pages past the last piece.
+  __device__ __forceinline__ PieceWords LoadPiece(int i, int num_pieces) const {
+    PieceWords piece;
+    if (i < num_pieces && lane_ < kPieceWords) {
+      piece.word = reinterpret_cast<const int*>(args_.pieces + i)[lane_];
+    }
+    return piece;
+  }
+
+  // The ids of 32 of the piece's pages from `start` on, one a lane; -1: the newest, or none.
+  __device__ __forceinline__ int PageIds(const PieceWords& piece, int start) const {
+    const int survivors = PagesOf<S::kSlots>(piece.Get(kNumSurvivors));
+    const int ring = PagesOf<S::kSlots>(piece.Get(kNumRing));
+    const int64_t span = piece.Get(kSpan);
+    const int i = piece.Get(kFirstPage) + start + lane_;
+    if (start + lane_ >= piece.Get(kNumPages) || i >= survivors + ring) return -1;
+    return i < survivors ? args_.survivor_pages[span * args_.max_survivor_pages + i]
+                         : args_.ring_pages[span * args_.ring_pages_per_span + i - survivors];
+  }
+
+  // Starts the copy of a page, or of the newest token (id < 0), to `slot`.
+  __device__ __forceinline__ void Fill(const PieceWords& piece, int id, int slot) {
+    uint8_t* codes = ring_ + slot * S::kCodeBytes;
+    uint8_t* scales = scales_ + slot * S::kScaleBytes;
+    if (id >= 0) {
+      RingFillPage<S>(map_, id, args_.pages + static_cast<int64_t>(id) * S::kPageBytes, codes,
+                      scales, &shared_.full[slot], lane_);
+    } else {
+      RingFillRow<S>(args_.newest + piece.Get(kSpan) * args_.newest_stride, codes, scales,
+                     &shared_.full[slot], lane_);
+    }
+  }
+
+  // Fills the empty ring with the first piece's pages: those that the step does not write, or
+  // all. A bit each of those that are begun.
+  __device__ __forceinline__ uint32_t BeginPages(const PieceWords& piece, int ids, uint32_t begun,
+                                                 bool settled) {
+    const int survivors = PagesOf<S::kSlots>(piece.Get(kNumSurvivors));
+    const int fresh = piece.Get(kFreshRingPage), start = piece.Get(kFirstPage);
+    const int pages = min(min(piece.Get(kNumPages), args_.ring_slots), 32);
+    for (int i = 0; i < pages; ++i) {
+      const int id = __shfl_sync(0xffffffffu, ids, i);
+      const bool written = id < 0 || start + i == survivors - 1 || start + i == fresh;
+      if ((begun >> i & 1) != 0 || (settled && written)) continue;
+      Fill(piece, id, i);
+      begun |= 1u << i;
+    }
+    return begun;
+  }
+
+  // This lane's channels of its column's head, as DecodeWarp's right factors want them.
+  __device__ __forceinline__ void LoadQuery(const PieceWords& piece, float4 (&x)[Warp::kSteps]) {
+    const int column = lane_ / 4, head = kHeads == 4 ? column / 2 : column;
+    const int64_t row = piece.Get(kRow);
+    const bool any = piece.Get(kNumPages) > 0 && head < args_.group;
+    const float* q = args_.q + (row * args_.group + head) * kDim;
+#pragma unroll
+    for (int s = 0; s < Warp::kSteps; ++s) {
+      const float* at = q + Warp::QChannel(s, lane_ % 4);
+      x[s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (!any) continue;
+      if constexpr (S::kBytes == 1) {
+        x[s] = __ldcg(reinterpret_cast<const float4*>(at));
+      } else {
+        const float2 low = __ldcg(reinterpret_cast<const float2*>(at));
+        const float2 high = __ldcg(reinterpret_cast<const float2*>(at + 8));
+        x[s] = make_float4(low.x, low.y, high.x, high.y);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void PublishPiece(const PieceWords& piece,
+                                               const float4 (&x)[Warp::kSteps]) {
+    typename Shared::Piece& to = shared_.piece[stage_];
+    RingWait(&shared_.piece_empty[stage_], stage_turn_ ^ 1);
+    int amax = 0;
+#pragma unroll
+    for (int s = 0; s < Warp::kSteps; ++s) {
+      const float larger =
+          fmaxf(fmaxf(fabsf(x[s].x), fabsf(x[s].y)), fmaxf(fabsf(x[s].z), fabsf(x[s].w)));
+      amax = max(amax, __float_as_int(larger));
+    }
+    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
+    amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
+    // Scaled by a power of two to at most 2^8, so that float16 holds it.
+    const int exponent = min(max(261 - (amax >> 23), 1), 253);
+    const float factor = __int_as_float(exponent << 23);
+    const int column = lane_ / 4;
+    if (lane_ % 4 == 0 && (kHeads == 8 || column % 2 == 0)) {
+      to.q_scale[kHeads == 8 ? column : column / 2] =
+          args_.scale_log2 * __int_as_float((254 - exponent) << 23);
+    }
+#pragma unroll
+    for (int s = 0; s < Warp::kSteps; ++s) {
+      SplitPair a, b;
+      if constexpr (S::kScaled) {
+        a = SplitF16(x[s].x * factor, x[s].y * factor);
+        b = SplitF16(x[s].z * factor, x[s].w * factor);
+      } else {
+        a = SplitBf16(x[s].x * factor, x[s].y * factor);
+        b = SplitBf16(x[s].z * factor, x[s].w * factor);
+      }
+      if constexpr (kHeads == 4) {
+        to.query[s][lane_] = column % 2 == 0 ? make_uint2(a.hi, b.hi) : make_uint2(a.lo, b.lo);
+      } else {
+        to.query[s][lane_] = make_uint4(a.hi, b.hi, a.lo, b.lo);
+      }
+    }
+    if (lane_ < kPieceWords) to.words[lane_] = piece.word;
+    RingArrive(&shared_.piece_full[stage_]);
+    if (++stage_ == Shared::kStages) {
+      stage_ = 0;
+      stage_turn_ ^= 1;
+    }
+  }
+
+  const CompactDecodeArgs& args_;
+  const CUtensorMap* map_;
+  uint8_t* ring_;
+  uint8_t* scales_;
+  Shared& shared_;
+  const int lane_;
+  RingCursor cursor_;
+  int stage_ = 0;
+  uint32_t stage_turn_ = 0;
+};
+
+}  // namespace winnow::kernels::device

@@ -1,0 +1,130 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/compact_decode_attention.h"
+#include "kernels/cuda/compact_decode_warp.cuh"
+
+// What the warps of a block of compact_decode_attention share.
+namespace winnow::kernels::device {
+
+inline constexpr int kDecodeWarps = 4;
+static_assert(kPagesPerUnit % kDecodeWarps == 0);
+inline constexpr int kMergeWarps = 2;
+inline constexpr int kDecodeThreads = 32 * (kDecodeWarps + kMergeWarps + 1);
+
+struct CompactDecodeArgs {
+  const DecodePiece* pieces;
+  const int32_t* num_pieces;
+  int32_t* next_piece;  // [2]: pieces handed out, blocks done
+  int32_t* arrivals;
+  float* partial_out;
+  float* partial_norm;
+  const uint8_t* pages;
+  const int32_t* survivor_pages;  // of the layer, as are the next two
+  const int32_t* ring_pages;
+  const uint8_t* newest;
+  const float* q;
+  float* out_f32;
+  Bf16* out_bf16;
+  int64_t newest_stride;
+  int max_survivor_pages, ring_pages_per_span;
+  int max_pieces;
+  int group;
+  int ring_slots;    // pages in shared memory; set by the launch
+  float scale_log2;  // scale * log2(e)
+  bool rotated;
+};
+
+// A piece as the producer's lanes hold it, a word each.
+struct PieceWords {
+  int word = 0;
+  __device__ __forceinline__ int Get(int field) const {
+    return __shfl_sync(0xffffffffu, word, field);
+  }
+};
+enum PieceField {
+  kRow,
+  kSpan,
+  kFirstPage,
+  kNumPages,
+  kPartial,
+  kNumSurvivors,
+  kNumRing,
+  kFreshRingPage,
+  kPieceWords
+};
+static_assert(sizeof(DecodePiece) == 4 * kPieceWords);
+
+template <KvElement kK, KvElement kV, int kDim, int kHeads>
+struct DecodeShared {
+  using S = DecodeShape<kK, kV, kDim>;
+  static constexpr int kStages = kHeads == 4 ? 4 : 2;  // pieces under way
+  static constexpr int kMaxRing = 32;
+  static constexpr int kHeadFloats = kDim + 4;  // 16 bytes more: fewer bank conflicts
+  struct Piece {
+    int words[kPieceWords];  // num_pages 0: no more pieces
+    float q_scale[kHeads];
+    typename QueryWords<kHeads>::Type query[kDim / 16][32];
+  };
+  float out[kDecodeWarps][kHeads][kHeadFloats];
+  Piece piece[kStages];
+  float max[kDecodeWarps][kHeads], sum[kDecodeWarps][kHeads];
+  int is_last;
+  uint64_t piece_full[kStages], piece_empty[kStages];
+  uint64_t results_full, results_empty;
+  uint64_t full[kMaxRing], empty[kMaxRing];
+  // The ring lies before this: codes of ring_slots pages, then their scales.
+  static constexpr size_t RingBytes(int slots) {
+    return static_cast<size_t>(slots) * (S::kCodeBytes + S::kScaleBytes);
+  }
+};
+
+template <int kSlots>
+__device__ __forceinline__ int PagesOf(int tokens) {
+  return (tokens + kSlots - 1) / kSlots;
+}
+
+// Position in the ring: n pages on, the slot and the parity of its turn.
+struct RingCursor {
+  int slot = 0;
+  uint32_t turn = 0;
+  __device__ __forceinline__ void Advance(int n, int slots) {
+    slot += n;
+    while (slot >= slots) {
+      slot -= slots;
+      turn ^= 1;
+    }
+  }
+};
+
+// What a warp that works on pieces reads of one.
+template <KvElement kK, KvElement kV, int kDim>
+struct PieceView {
+  using S = DecodeShape<kK, kV, kDim>;
+  int num_pages, first_page, num_survivors, num_ring, survivors, span_pages;
+  int unit;  // pages of all of the span's pieces but the last
+  __device__ __forceinline__ explicit PieceView(const int* words)
+      : num_pages(words[kNumPages]),
+        first_page(words[kFirstPage]),
+        num_survivors(words[kNumSurvivors]),
+        num_ring(words[kNumRing]),
+        survivors(PagesOf<S::kSlots>(num_survivors)),
+        span_pages(survivors + PagesOf<S::kSlots>(num_ring) + 1),
+        unit(PieceUnits(span_pages) * kPagesPerUnit) {}
+};
+
+// The place among kStages that take turns.
+template <int kStages>
+struct StageCursor {
+  int stage = 0;
+  uint32_t turn = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      turn ^= 1;
+    }
+  }
+};
+
+}  // namespace winnow::kernels::device

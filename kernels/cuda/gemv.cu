@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const Gemv
   }
   const bool mine = m < p.m;
   device::GemvQuad extra{};
-  if (mine) extra = device::LoadGemvQuad(p, tile, m, e % 4);
+  device::LoadScales(p, tile, e % 4, &extra);
+  if (mine) device::LoadOld(p, tile, m, e % 4, &extra);
   device::FinishGemvQuad(p, tile, m, e % 4, extra, y, mine);
 }
 

@@ -19,19 +19,24 @@ inline constexpr int kGemvStage = 16 * kGemvChunk;  // all warps'
 inline constexpr int kGemvMaxSlices = kMaxGemvK / kGemvSlice;
 inline constexpr int kGemvXPiece = 2048;   // elements of a row of x that are copied at once
 inline constexpr int kGemvSumStride = 20;  // floats between rows of x in a warp's sums
-inline constexpr int kGemvSharedBytes = 220 * 1024;  // dynamic, at most
+inline constexpr int kGemvSharedBytes = 225 * 1024;              // dynamic, at most
+inline constexpr int kGemvSharers = 2, kGemvShareBytes = 60000;  // see EnqueueGemvSm90()
+inline constexpr int kGemvScaleTiles = 8;                        // whose scales are under way
 template <bool kE4m3>
 inline constexpr int kGemvElements = kE4m3 ? kGemvChunk : kGemvChunk / 2;  // of a chunk
 template <int kTiles>
-inline constexpr int kGemvSumBytes = 2 * kGemvMathWarps * 8 *
-                                     kTiles* kGemvSumStride* static_cast<int>(sizeof(float));
+inline constexpr int kGemvSumFloats = kGemvMathWarps * 8 * kTiles* kGemvSumStride;
+template <bool kE4m3>
+__host__ __device__ constexpr int GemvFactorRows(int slices) {  // [16] floats each
+  return kE4m3 ? slices * kGemvMathWarps : 0;
+}
 constexpr int GemvInboxBytes(int blocks) {
   return blocks > 1 ? 2 * blocks * kMaxGemvRows * device::kGemvTileRows * 4 : 0;
 }
 
 struct GemvBarriers {
   uint64_t x_full[kMaxGemvK / kGemvXPiece];
-  uint64_t sums_full[2], sums_empty[2];
+  uint64_t sums_full, sums_empty;
   // Between a cluster's blocks: slot s of the inbox is full; block b's slot s may be filled.
   uint64_t inbox_full[2], inbox_free[kGemvMaxSlices][2];
 };
@@ -39,7 +44,8 @@ struct GemvBarriers {
 struct GemvArgs {
   GemvParams p;
   int num_tiles = 0, num_chunks = 0, num_slices = 0;
-  int cluster = 0;   // blocks: num_slices or 1
+  int cluster = 0;   // blocks that share a tile: num_slices or 1
+  int sharers = 0;   // blocks that copy x together, where cluster is 1
   int x_stride = 0;  // bytes between rows of x in shared memory
 };
 
@@ -71,12 +77,29 @@ __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool in
                "l"(from), "r"(inside ? 16 : 0), "l"(policy)
                : "memory");
 }
+__device__ __forceinline__ void CopyAsync4(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(inside ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same into the memory of `blocks` blocks of the cluster, at the same place in each and
+// completing on the same barrier of each.
+__device__ __forceinline__ void BulkLoadAll(void* to, const void* from, int bytes,
+                                            uint64_t* barrier, int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(ptx::SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(ptx::SharedAddress(barrier)),
+      "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
 }
 
 // Address of `p` in the shared memory of block `rank` of the cluster.
@@ -109,9 +132,11 @@ __device__ __forceinline__ void ClusterWait(uint64_t* barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-__device__ __forceinline__ void ClusterSync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterWaitAll() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Where a block stands: its slices and chunks of k and its tiles first, first + step, ...
@@ -206,13 +231,17 @@ __device__ __forceinline__ void LoadX(const GemvArgs& a, const GemvShare& share,
   const int first = share.first_chunk * kElements;
   const int size = min(share.num_chunks * kElements, a.p.k - first);
   ptx::WaitForPredecessors();
+  __syncwarp();
   for (int at = 0, i = 0; at < size; at += kGemvXPiece, ++i) {
     const int bytes = 2 * min(kGemvXPiece, size - at);
     if (lane == 0) ptx::BarrierArriveExpect(&barriers->x_full[i], a.p.m * bytes);
-    __syncwarp();
-    if (lane < a.p.m) {
-      BulkLoad(x + lane * a.x_stride + 2 * at, a.p.x + lane * a.p.ldx + first + at, bytes,
-               &barriers->x_full[i]);
+    uint8_t* to = x + lane * a.x_stride + 2 * at;
+    const Bf16* from = a.p.x + lane * a.p.ldx + first + at;
+    if (lane >= a.p.m) continue;
+    if (a.sharers == 1) {
+      BulkLoad(to, from, bytes, &barriers->x_full[i]);
+    } else if (lane % a.sharers == static_cast<int>(blockIdx.x) % a.sharers) {
+      BulkLoadAll(to, from, bytes, &barriers->x_full[i], a.sharers);
     }
   }
 }

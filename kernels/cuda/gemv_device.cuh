@@ -45,15 +45,20 @@ __device__ __forceinline__ int GemvRow(const GemvParams& p, int tile, int r) {
 struct GemvQuad {
   float scale[4], old[4];
 };
-__device__ __forceinline__ GemvQuad LoadGemvQuad(const GemvParams& p, int tile, int m, int quad) {
-  GemvQuad q;
+__device__ __forceinline__ void LoadScales(const GemvParams& p, int tile, int quad, GemvQuad* q) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int row = GemvRow(p, tile, 4 * quad + j);
-    q.scale[j] = p.w_scale != nullptr && row >= 0 ? p.w_scale[row] : 1.0f;
-    q.old[j] = p.epilogue == GemvEpilogue::kAdd && row >= 0 ? p.out_f32[m * p.ldo + row] : 0.0f;
+    q->scale[j] = p.w_scale != nullptr && row >= 0 ? p.w_scale[row] : 1.0f;
   }
-  return q;
+}
+__device__ __forceinline__ void LoadOld(const GemvParams& p, int tile, int m, int quad,
+                                        GemvQuad* q) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = GemvRow(p, tile, 4 * quad + j);
+    q->old[j] = p.epilogue == GemvEpilogue::kAdd && row >= 0 ? p.out_f32[m * p.ldo + row] : 0.0f;
+  }
 }
 
 // Writes the quad's outputs; the lanes of a warp hold quads (lane % 4) of rows lane / 4 of x, and

@@ -25,43 +25,62 @@ namespace winnow::kernels::internal {
 
 // A warp's part of a slice of x to float16, in place: rows times a power of two that brings
 // their largest in the part to [2^14, 2^15), so that BF16 values are exact down to 2^-28 of it and
-// off by 2^-39 of it below. `inverse` [16]: by what the sums must be multiplied.
+// off by 2^-39 of it below. `inverse` [16]: by what the sums must be multiplied. Half a warp has a
+// row; kRows of its rows are under way.
+template <int kRows>
 __device__ __forceinline__ void ToHalf(const GemvArgs& a, uint8_t* x, int first_k, int num_chunks,
                                        int warp, int lane, float* inverse) {
   constexpr int kMost = kGemvSlice / kGemvChunk;
-  for (int m = lane / 16; m < (a.p.m + 1) / 2 * 2; m += 2) {
-    uint4* at[kMost];
-    uint4 v[kMost];
-    bool inside[kMost];
-    uint32_t top = 0;
+  const int first = warp * kGemvWarpBytes + 8 * (lane % 16);
+  for (int rows = 0; rows < a.p.m; rows += 2 * kRows) {
+    uint4 v[kRows][kMost];
+    uint32_t top[kRows] = {};
+    const auto row = [&](int i) { return rows + 2 * i + lane / 16; };
+    const auto at = [&](int i, int c) {
+      return reinterpret_cast<uint4*>(x + row(i) * a.x_stride + 2 * (c * kGemvChunk + first));
+    };
+    const auto inside = [&](int i, int c) {
+      return row(i) < a.p.m && c < num_chunks && first_k + c * kGemvChunk + first < a.p.k;
+    };
 #pragma unroll
-    for (int c = 0; c < kMost; ++c) {
-      const int k = c * kGemvChunk + warp * kGemvWarpBytes + 8 * (lane % 16);
-      at[c] = reinterpret_cast<uint4*>(x + m * a.x_stride + 2 * k);
-      inside[c] = m < a.p.m && c < num_chunks && first_k + k < a.p.k;
-      v[c] = inside[c] ? *at[c] : uint4{};
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (const uint32_t w : {v[c].x, v[c].y, v[c].z, v[c].w}) {
-        top = __vmaxu2(top, w & 0x7fff7fffu);
-      }
+      for (int c = 0; c < kMost; ++c) v[i][c] = inside(i, c) ? *at(i, c) : uint4{};
     }
-    top = max(top >> 16, top & 0xffffu);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int c = 0; c < kMost; ++c) {
+        for (const uint32_t w : {v[i][c].x, v[i][c].y, v[i][c].z, v[i][c].w}) {
+          top[i] = __vmaxu2(top[i], w & 0x7fff7fffu);
+        }
+      }
+      top[i] = max(top[i] >> 16, top[i] & 0xffffu);
+    }
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) {
-      top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
-    }
-    const int shift = min(141 - static_cast<int>(top >> 7), 126);
-    const float scale = __int_as_float((127 + shift) << 23);
-    if (lane % 16 == 0 && m < a.p.m) inverse[m] = __int_as_float((127 - shift) << 23);
 #pragma unroll
-    for (int c = 0; c < kMost; ++c) {
-      uint32_t words[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
-#pragma unroll
-      for (uint32_t& w : words) {
-        const float low = __uint_as_float(w << 16), high = __uint_as_float(w & 0xffff0000u);
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high * scale), "f"(low * scale));
+      for (int i = 0; i < kRows; ++i) {
+        top[i] = max(top[i], __shfl_xor_sync(0xffffffffu, top[i], step));
       }
-      if (inside[c]) *at[c] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int shift = min(141 - static_cast<int>(top[i] >> 7), 126);
+      const float scale = __int_as_float((127 + shift) << 23);
+      if (lane % 16 == 0 && row(i) < a.p.m) {
+        inverse[row(i)] = __int_as_float((127 - shift) << 23);
+      }
+#pragma unroll
+      for (int c = 0; c < kMost; ++c) {
+        uint32_t words[4] = {v[i][c].x, v[i][c].y, v[i][c].z, v[i][c].w};
+#pragma unroll
+        for (uint32_t& w : words) {
+          const float low = __uint_as_float(w << 16), high = __uint_as_float(w & 0xffff0000u);
+          asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high * scale), "f"(low * scale));
+        }
+        if (inside(i, c)) *at(i, c) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
   __syncwarp();
@@ -102,7 +121,7 @@ __device__ __forceinline__ void MultiplyStep(float (&sums)[kTiles][4], const uin
   }
 }
 
-template <bool kE4m3>
+template <bool kE4m3, int kTiles>
 __device__ __forceinline__ void PrepareX(const GemvArgs& a, const GemvShare& share, uint8_t* x,
                                          float (*inverse)[kMaxGemvRows], GemvBarriers* barriers,
                                          int warp, int lane) {
@@ -112,9 +131,9 @@ __device__ __forceinline__ void PrepareX(const GemvArgs& a, const GemvShare& sha
   if constexpr (kE4m3) {
     for (int v = 0; v < share.num_slices; ++v) {
       const int chunk = SliceStart(a, share.first_slice + v);
-      ToHalf(a, x + 2 * (chunk - share.first_chunk) * kElements, chunk * kElements,
-             SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
-             inverse[v * kGemvMathWarps + warp]);
+      ToHalf<2 * kTiles>(a, x + 2 * (chunk - share.first_chunk) * kElements, chunk * kElements,
+                         SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
+                         inverse[v * kGemvMathWarps + warp]);
     }
   }
 }
@@ -133,7 +152,8 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
   WeightCopies<kE4m3> copies(a, share, warp, lane);
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i) copies.Next(ptx::SharedAddress(mine + i * kWarpStage));
-  PrepareX<kE4m3>(a, share, x, inverse, barriers, warp, lane);
+  if (a.cluster * a.sharers > 1) ClusterWaitAll();
+  PrepareX<kE4m3, kTiles>(a, share, x, inverse, barriers, warp, lane);
   // Columns past m repeat the last: nobody reads them, and no memory need be cleared.
   const uint8_t* x_row[kTiles];
 #pragma unroll
@@ -145,7 +165,9 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
   for (int tile = share.first_tile; tile < a.num_tiles; tile += share.tile_step) {
     int c = 0;
     for (int v = 0; v < share.num_slices; ++v, ++i) {
-      const int end = SliceStart(a, share.first_slice + v + 1) - share.first_chunk;
+      const int end = share.num_slices == 1
+                          ? share.num_chunks
+                          : SliceStart(a, share.first_slice + v + 1) - share.first_chunk;
       float sums[kTiles][4] = {};
       for (; c < end; ++c) {
         WaitCopies<kDepth - 2>();
@@ -166,9 +188,8 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
                                       start + at < row_bytes);
         }
       }
-      const int half = i & 1;
-      ptx::BarrierWait(&barriers->sums_empty[half], ((i >> 1) & 1) ^ 1);
-      float* out = sums_out + (half * kGemvMathWarps + warp) * 8 * kTiles * kGemvSumStride;
+      ptx::BarrierWait(&barriers->sums_empty, (i & 1) ^ 1);
+      float* out = sums_out + warp * 8 * kTiles * kGemvSumStride;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         float even = 1.0f, odd = 1.0f;
@@ -184,7 +205,7 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
         to[kGemvSumStride + 8] = sums[n][3] * odd;
       }
       __syncwarp();
-      if (lane == 0) ptx::BarrierArrive(&barriers->sums_full[half]);
+      if (lane == 0) ptx::BarrierArrive(&barriers->sums_full);
     }
   }
 }
@@ -230,34 +251,88 @@ __device__ __forceinline__ bool GatherSums(const GemvArgs& a, int rank, int i, f
   return true;
 }
 
+// The scales of a warp's tiles, copied ahead: behind the weights under way a load takes longer
+// than a tile. `ring` [kGemvScaleTiles, 16] is the warp's own.
+class ScaleCopies {
+ public:
+  __device__ __forceinline__ ScaleCopies(const GemvParams& p, int tile, int step, int num_tiles,
+                                         int lane, float* ring)
+      : p_(p), step_(step), num_tiles_(num_tiles), lane_(lane), ring_(ring), tile_(tile) {
+    for (int i = 0; i < kGemvScaleTiles - 1; ++i) Copy();
+  }
+
+  // The next tile's, of rows 4 * quad to 4 * quad + 3.
+  __device__ __forceinline__ void Next(int quad, float (&scale)[4]) {
+    Copy();
+    WaitCopies<kGemvScaleTiles - 1>();
+    __syncwarp();
+    const float4 v =
+        *reinterpret_cast<const float4*>(ring_ + read_ * device::kGemvTileRows + 4 * quad);
+    scale[0] = v.x;
+    scale[1] = v.y;
+    scale[2] = v.z;
+    scale[3] = v.w;
+    read_ = (read_ + 1) % kGemvScaleTiles;
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ void Copy() {
+    if (tile_ < num_tiles_ && lane_ < device::kGemvTileRows) {
+      const int row = device::GemvRow(p_, tile_, lane_);
+      CopyAsync4(ptx::SharedAddress(ring_ + write_ * device::kGemvTileRows + lane_),
+                 p_.w_scale + max(row, 0), row >= 0);
+    }
+    CommitCopies();
+    tile_ += step_;
+    write_ = (write_ + 1) % kGemvScaleTiles;
+  }
+
+  const GemvParams& p_;
+  const int step_, num_tiles_, lane_;
+  float* const ring_;
+  int tile_, write_ = 0, read_ = 0;
+};
+
 // Adds up the warps' sums of a tile, then the slices', and stores. Thread `e` of two warps has
 // four rows of w (quad e % 4) for row e / 4 of x.
-template <int kTiles>
+template <bool kE4m3, int kTiles>
 __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& share,
-                                            const float* warp_sums, float4* inbox,
-                                            GemvBarriers* barriers, int e) {
+                                            const float* warp_sums, float* scale_rings,
+                                            float4* inbox, GemvBarriers* barriers, int e) {
   const int m = e / 4, quad = e % 4;
   const bool mine = m < a.p.m;  // then m < 8 * kTiles
+  ScaleCopies scales(a.p, share.first_tile, share.tile_step, kE4m3 ? a.num_tiles : 0, e % 32,
+                     scale_rings + e / 32 * kGemvScaleTiles * device::kGemvTileRows);
+  if (a.cluster * a.sharers > 1) ClusterWaitAll();
   ptx::WaitForPredecessors();
+  device::GemvQuad next{};
+  if (mine && share.rank == 0) device::LoadOld(a.p, share.first_tile, m, quad, &next);
   int i = 0, filled = 0;
   for (int tile = share.first_tile; tile < a.num_tiles; tile += share.tile_step, ++i) {
-    device::GemvQuad extra{};
-    if (i % a.cluster == share.rank && mine) extra = device::LoadGemvQuad(a.p, tile, m, quad);
+    device::GemvQuad extra = next;
+    const int after = tile + share.tile_step;
+    if (mine && after < a.num_tiles && (i + 1) % a.cluster == share.rank) {
+      device::LoadOld(a.p, after, m, quad, &next);
+    }
+    if constexpr (kE4m3) {
+      scales.Next(quad, extra.scale);
+    } else {
+      for (float& scale : extra.scale) scale = 1.0f;
+    }
     float y[4] = {};
     for (int v = 0; v < share.num_slices; ++v, ++filled) {
-      const int half = filled & 1;
-      ptx::BarrierWait(&barriers->sums_full[half], (filled >> 1) & 1);
+      ptx::BarrierWait(&barriers->sums_full, filled & 1);
       float slice[4] = {};
       if (mine) {
-        const float* from = warp_sums + half * kGemvMathWarps * 8 * kTiles * kGemvSumStride +
-                            m * kGemvSumStride + 4 * quad;
+        const float* from = warp_sums + m * kGemvSumStride + 4 * quad;
 #pragma unroll
         for (int w = 0; w < kGemvMathWarps; ++w) {
           Add4(slice, *reinterpret_cast<const float4*>(from + w * 8 * kTiles * kGemvSumStride));
         }
       }
       __syncwarp();
-      if (e % 32 == 0) ptx::BarrierArrive(&barriers->sums_empty[half]);
+      if (e % 32 == 0) ptx::BarrierArrive(&barriers->sums_empty);
       Add4(y, make_float4(slice[0], slice[1], slice[2], slice[3]));
     }
     if (a.cluster > 1 && !GatherSums(a, share.rank, i, inbox, barriers, e, y)) continue;
@@ -266,43 +341,50 @@ __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& 
 }
 #endif  // WINNOW_SM90A
 
-// Dynamic shared memory: the ring | x | the warps' sums | the inbox.
+// Dynamic shared memory: the ring | x | the warps' sums | factors of ToHalf() | the inbox.
 template <bool kE4m3, int kTiles, int kDepth>
 __global__ void __launch_bounds__(kGemvThreads, 1)
     GemvSm90Kernel(const __grid_constant__ GemvArgs args) {
 #if WINNOW_SM90A
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ GemvBarriers barriers;
-  __shared__ float inverse[kE4m3 ? kGemvMaxSlices * kGemvMathWarps : 1][kMaxGemvRows];
+  __shared__ __align__(
+      16) float scale_rings[kE4m3 ? 2 * kGemvScaleTiles * device::kGemvTileRows : 1];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   asm volatile("griddepcontrol.launch_dependents;");
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : barriers.x_full) ptx::BarrierInit(&barrier, 1);
+    ptx::BarrierInit(&barriers.sums_full, kGemvMathWarps);
+    ptx::BarrierInit(&barriers.sums_empty, 2);
     for (int i = 0; i < 2; ++i) {
-      ptx::BarrierInit(&barriers.sums_full[i], kGemvMathWarps);
-      ptx::BarrierInit(&barriers.sums_empty[i], 2);
       ptx::BarrierInit(&barriers.inbox_full[i], 1);
       for (auto& block : barriers.inbox_free) ptx::BarrierInit(&block[i], 1);
     }
     ptx::FenceBarrierInit();
   }
   __syncthreads();
-  // No block's memory is written before its barriers are ready, nor after it has ended.
-  if (args.cluster > 1) ClusterSync();
+  // No block's memory is written before its barriers are ready: each role waits for that.
+  if (args.cluster * args.sharers > 1) ClusterArrive();
   const GemvShare share = ShareOf(args);
   uint8_t* x = ring + kDepth * kGemvStage;
   auto* sums = reinterpret_cast<float*>(x + args.p.m * args.x_stride);
-  auto* inbox = reinterpret_cast<float4*>(reinterpret_cast<uint8_t*>(sums) + kGemvSumBytes<kTiles>);
+  auto* inverse = reinterpret_cast<float(*)[kMaxGemvRows]>(sums + kGemvSumFloats<kTiles>);
+  auto* inbox = reinterpret_cast<float4*>(inverse + GemvFactorRows<kE4m3>(share.num_slices));
   if (warp < kGemvMathWarps) {
     Multiply<kE4m3, kTiles, kDepth>(args, share, ring, x, sums, inverse, &barriers, warp, lane);
   } else if (warp == kGemvMathWarps) {
+    if (args.cluster * args.sharers > 1) ClusterWaitAll();
     LoadX<kE4m3>(args, share, x, &barriers, lane);
   } else {
-    FinishTiles<kTiles>(args, share, sums, inbox, &barriers,
-                        (warp - kGemvMathWarps - 1) * 32 + lane);
+    FinishTiles<kE4m3, kTiles>(args, share, sums, scale_rings, inbox, &barriers,
+                               (warp - kGemvMathWarps - 1) * 32 + lane);
   }
+  // Nor after it has ended. x has come, since the products have been done.
   __syncwarp();
-  if (args.cluster > 1) ClusterSync();
+  if (args.cluster > 1) {
+    ClusterArrive();
+    ClusterWaitAll();
+  }
 #endif
 }
 
@@ -335,23 +417,25 @@ absl::StatusOr<int> GemvClusters(Kernel* kernel, const cudaLaunchConfig_t& confi
 template <bool kE4m3, int kTiles, int kDepth>
 absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHandle stream) {
   static std::atomic<int> known[kGemvMaxSlices + 1];
+  const int blocks = args.cluster * args.sharers;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(args.cluster);
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(args.cluster));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kGemvThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = args.cluster > 1 ? 2 : 1;
+  config.numAttrs = blocks > 1 ? 2 : 1;
   const auto kernel = GemvSm90Kernel<kE4m3, kTiles, kDepth>;
-  WINNOW_ASSIGN_OR_RETURN(const int clusters,
-                          GemvClusters(kernel, config, args.cluster, &known[args.cluster]));
-  config.gridDim.x = static_cast<unsigned>(std::min(clusters, args.num_tiles) * args.cluster);
+  WINNOW_ASSIGN_OR_RETURN(const int clusters, GemvClusters(kernel, config, blocks, &known[blocks]));
+  // Blocks that share x share no tile.
+  const int most = (args.num_tiles + args.sharers - 1) / args.sharers;
+  config.gridDim.x = static_cast<unsigned>(std::min(clusters, most) * blocks);
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, args));
 }
 
@@ -369,16 +453,27 @@ absl::Status EnqueueGemvSm90(const GemvParams& p, StreamHandle stream) {
     args.cluster = cluster;
     const int chunks = (args.num_chunks + cluster - 1) / cluster;
     args.x_stride = 2 * chunks * kElements + (kE4m3 ? 16 : 64);
-    fixed = p.m * args.x_stride + kGemvSumBytes<kTiles> + GemvInboxBytes(cluster);
-    if (fixed + 4 * kGemvStage <= kGemvSharedBytes) break;
+    fixed = p.m * args.x_stride + 4 * kGemvSumFloats<kTiles> +
+            64 * GemvFactorRows<kE4m3>(args.num_slices / cluster) + GemvInboxBytes(cluster);
+    if (fixed + 5 * kGemvStage <= kGemvSharedBytes) break;
+  }
+  // A cluster waits for the slowest of its SMs to be free, so only a large x is worth it.
+  const bool share_x = args.num_slices == 1 && p.m * args.x_stride >= kGemvShareBytes;
+  args.sharers = share_x ? kGemvSharers : 1;
+  // e4m3: a longer ring only makes what comes behind it wait.
+  if constexpr (!kE4m3) {
+    if (fixed + 12 * kGemvStage <= kGemvSharedBytes) {
+      return EnqueueGemvKernel<kE4m3, kTiles, 12>(args, fixed + 12 * kGemvStage, stream);
+    }
   }
   if (fixed + 8 * kGemvStage <= kGemvSharedBytes) {
     return EnqueueGemvKernel<kE4m3, kTiles, 8>(args, fixed + 8 * kGemvStage, stream);
   }
-  if (fixed + 6 * kGemvStage <= kGemvSharedBytes) {
-    return EnqueueGemvKernel<kE4m3, kTiles, 6>(args, fixed + 6 * kGemvStage, stream);
+  if (fixed + 5 * kGemvStage > kGemvSharedBytes) {
+    return absl::UnimplementedError(
+        absl::StrCat("gemv: x of m=", p.m, " k=", p.k, " leaves no room for the weights' ring"));
   }
-  return EnqueueGemvKernel<kE4m3, kTiles, 4>(args, fixed + 4 * kGemvStage, stream);
+  return EnqueueGemvKernel<kE4m3, kTiles, 5>(args, fixed + 5 * kGemvStage, stream);
 }
 
 }  // namespace winnow::kernels::internal

@@ -72,6 +72,17 @@ class GemvRun {
     }
     w_.Set(w);
     scale_.Set(scale);
+    const auto rows_of = [&](const std::vector<float>& values, bool largest) {
+      std::vector<double> rows(values.size() / Size(c.k));
+      for (size_t i = 0; i < values.size(); ++i) {
+        double& row = rows[i / Size(c.k)];
+        const double value = std::abs(values[i]);
+        row = largest ? std::max(row, value) : row + value;
+      }
+      return rows;
+    };
+    weight_sizes_ = rows_of(w_values_, false);
+    largest_x_ = rows_of(x_values_, true);
     scale_values_ = scale;
     old_.resize(Size(c.m) * Size(ldo_));
     for (float& value : old_) value = normal(rng);
@@ -171,21 +182,8 @@ class GemvRun {
     }
     const double scale = scale_values_[Size(j)];
     double error = size * (c_.k / 8 + 32 + 16) * 0x1p-23;
-    if (e4m3_) error += WeightSize(j) * LargestX(i) * 0x1p-39;  // x as float16
+    if (e4m3_) error += weight_sizes_[Size(j)] * largest_x_[Size(i)] * 0x1p-39;  // x as float16
     return {value * scale, error * scale};
-  }
-
-  double WeightSize(int j) const {
-    double size = 0;
-    for (int k = 0; k < c_.k; ++k) size += std::abs(w_values_[Size(j) * Size(c_.k) + Size(k)]);
-    return size;
-  }
-  double LargestX(int i) const {
-    double largest = 0;
-    for (int k = 0; k < c_.k; ++k) {
-      largest = std::max<double>(largest, std::abs(x_values_[Size(i) * Size(c_.k) + Size(k)]));
-    }
-    return largest;
   }
 
   const GemvCase c_;
@@ -196,6 +194,7 @@ class GemvRun {
   DeviceArray<float> scale_;
   DeviceArray<uint8_t> out_;
   std::vector<float> x_values_, w_values_, scale_values_, old_;
+  std::vector<double> weight_sizes_, largest_x_;
 };
 
 class GemvGpu : public testing::TestWithParam<GemvCase> {

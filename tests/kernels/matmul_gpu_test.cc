@@ -9,6 +9,7 @@
 
 #include "common/base/fp8.h"
 #include "kernels/cuda/cublaslt_matmul.h"
+#include "kernels/cuda/matmul.h"
 #include "kernels/cuda/matmul_quantize.h"
 #include "tests/kernels/device_memory.h"
 
@@ -159,7 +160,7 @@ struct MatmulCase {
   friend void PrintTo(const MatmulCase& c, std::ostream* os) { *os << c.name; }
 };
 
-class MatmulGpu : public testing::TestWithParam<MatmulCase> {
+class MatmulGpu : public testing::Test {
  protected:
   void SetUp() override {
     RequireGpu();
@@ -171,9 +172,11 @@ class MatmulGpu : public testing::TestWithParam<MatmulCase> {
   std::unique_ptr<CublasLt> lt_;
 };
 
+class MatmulGpuCases : public MatmulGpu, public testing::WithParamInterface<MatmulCase> {};
+
 // Values are small integers, so that every sum is one too, below 2^13: exact in any order, also
 // where FP8 tensor cores keep 14 bits of it.
-TEST_P(MatmulGpu, IsExactOnIntegersAndRepeats) {
+TEST_P(MatmulGpuCases, IsExactOnIntegersAndRepeats) {
   const MatmulCase& c = GetParam();
   const bool e4m3 = c.type == MatmulType::kE4m3;
   const size_t m = static_cast<size_t>(c.m), n = static_cast<size_t>(c.n),
@@ -324,8 +327,71 @@ std::vector<MatmulCase> MatmulCases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(All, MatmulGpu, testing::ValuesIn(MatmulCases()),
+INSTANTIATE_TEST_SUITE_P(All, MatmulGpuCases, testing::ValuesIn(MatmulCases()),
                          [](const auto& c) { return c.param.name; });
+
+// The same small integers on both sides of kMaxGemvRows, where e4m3 codes of x are exact too.
+TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
+  constexpr int kN = 208, kK = 272;
+  std::mt19937 rng(5);
+  for (const GemvWeights weights : {GemvWeights::kBf16, GemvWeights::kE4m3}) {
+    const bool e4m3 = weights == GemvWeights::kE4m3;
+    for (const int m : {1, 16, 17, 100}) {
+      const size_t size = static_cast<size_t>(m) * kN;
+      std::vector<Bf16> x(static_cast<size_t>(m) * kK);
+      for (Bf16& v : x) v = ToBf16(static_cast<float>(rng() % 3) - 1.0f);
+      std::vector<int> w(kN * kK);
+      std::vector<uint8_t> w_bytes(w.size() * (e4m3 ? 1 : 2));
+      for (size_t i = 0; i < w.size(); ++i) {
+        w[i] = static_cast<int>(rng() % 5) - 2;
+        const Bf16 bf16 = ToBf16(static_cast<float>(w[i]));
+        if (e4m3) {
+          w_bytes[i] = ToE4m3(static_cast<float>(w[i]));
+        } else {
+          std::memcpy(&w_bytes[2 * i], &bf16, 2);
+        }
+      }
+      std::vector<float> scale(kN), old(size);
+      for (float& v : scale) v = e4m3 ? 0.5f + static_cast<float>(rng() % 100) / 100.0f : 1.0f;
+      for (float& v : old) v = static_cast<float>(rng() % 100);
+      DeviceArray<Bf16> d_x(x);
+      DeviceArray<uint8_t> d_w(w_bytes), workspace(LinearWorkspaceBytes(m, kK, weights));
+      DeviceArray<float> d_scale(scale), out(old);
+      const LinearParams params{.x = d_x.get(),
+                                .w = d_w.get(),
+                                .w_scale = e4m3 ? d_scale.get() : nullptr,
+                                .out_f32 = out.get(),
+                                .workspace = workspace.get(),
+                                .workspace_bytes = workspace.size(),
+                                .m = m,
+                                .n = kN,
+                                .k = kK,
+                                .ldx = kK,
+                                .ldo = kN,
+                                .weights = weights,
+                                .accumulate = true};
+      const absl::Status status = LaunchLinear(params, lt_.get(), nullptr);
+      ASSERT_TRUE(status.ok()) << status;
+      const std::vector<float> got = out.Get();
+      for (size_t i = 0; i < size; ++i) {
+        int sum = 0;
+        for (size_t k = 0; k < kK; ++k) {
+          sum += static_cast<int>(ToFloat(x[i / kN * kK + k])) * w[i % kN * kK + k];
+        }
+        const double want = double{scale[i % kN]} * sum + old[i];
+        // Scales and an addition in float.
+        ASSERT_NEAR(got[i], want, (std::abs(want) + 2.0 * std::abs(sum)) * 0x1p-22)
+            << m << " rows, " << i;
+      }
+      if (m > kMaxGemvRows) {
+        LinearParams less = params;
+        --less.workspace_bytes;
+        EXPECT_EQ(LaunchLinear(less, lt_.get(), nullptr).code(),
+                  absl::StatusCode::kInvalidArgument);
+      }
+    }
+  }
+}
 
 TEST(Matmul, RefusesWhatItCannotDo) {
   alignas(256) Bf16 x[256]{};

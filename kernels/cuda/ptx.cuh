@@ -30,6 +30,22 @@ __device__ __forceinline__ uint32_t PackBf16(float lo, float hi) {
   return packed;
 }
 
+// Four values rounded to e4m3, saturating, `a` in the lowest byte; a NaN stays one.
+__device__ __forceinline__ uint32_t PackE4m3(float a, float b, float c, float d) {
+  uint32_t packed;
+#if __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 lo, hi;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+      "mov.b32 %0, {lo, hi};\n}\n"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+#else
+  packed = 0x7f7f7f7fu;
+#endif
+  return packed;
+}
+
 // Waits for the kernels before this one in the stream, where LaunchEarly() started it.
 __device__ __forceinline__ void WaitForPredecessors() {
 #if __CUDA_ARCH__ >= 900
@@ -126,6 +142,27 @@ __device__ __forceinline__ void LoadBox4(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// Copies `bytes`, a multiple of 16 from and to multiples of 16, into shared memory; they
+// complete on `barrier`.
+__device__ __forceinline__ void LoadBytes(void* to, const void* from, uint32_t bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+}
+
+// Asks for `bytes`, a multiple of 16 from a multiple of 16, to be brought into the L2 cache.
+__device__ __forceinline__ void PrefetchBytes(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to wgmma, after a barrier.
+__device__ __forceinline__ void FenceForWgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // --- warpgroups ---
 
 template <int kRegisters>
@@ -164,6 +201,16 @@ __device__ __forceinline__ uint64_t SwizzledMatrix(const void* start, uint32_t l
   const uint64_t address = (SharedAddress(start) & 0x3ffff) >> 4;
   return address | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62;
+}
+
+// Descriptor of a K-major matrix in shared memory in blocks of 8 rows of 16 bytes, 128
+// bytes a block: `column_bytes` from one 16 bytes of a row to the next, `row_bytes` from
+// one 8 rows to the next.
+__device__ __forceinline__ uint64_t BlockedMatrix(const void* start, uint32_t column_bytes,
+                                                  uint32_t row_bytes) {
+  const uint64_t address = (SharedAddress(start) & 0x3ffff) >> 4;
+  return address | static_cast<uint64_t>(column_bytes >> 4) << 16 |
+         static_cast<uint64_t>(row_bytes >> 4) << 32;
 }
 
 #define WINNOW_F8(x, i)                                                                       \
@@ -205,6 +252,27 @@ __device__ __forceinline__ void WgmmaRs(float (&d)[32], const uint32_t* a, uint6
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WINNOW_D32
       "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
       : WINNOW_F32(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+}
+
+// d[64, 64] (+)= a[64, 32] * b[64, 32]^T of e4m3, all from shared memory, both K-major.
+__device__ __forceinline__ void WgmmaE4m3Ss(float (&d)[32], uint64_t a, uint64_t b,
+                                            int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" WINNOW_D32
+      "}, %32, %33, p, 1, 1;\n}\n"
+      : WINNOW_F32(d, 0)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d[64, 128] += a[64, 32] (registers) * b[128, 32]^T of e4m3, b K-major.
+__device__ __forceinline__ void WgmmaE4m3Rs(float (&d)[64], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" WINNOW_D64
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
+      : WINNOW_F32(d, 0), WINNOW_F32(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
 }
 

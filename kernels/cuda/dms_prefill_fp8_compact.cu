@@ -1,0 +1,256 @@
+#include <cuda_runtime.h>
+
+#include "common/base/status_macros.h"
+#include "common/cuda/cuda_status.h"
+#include "kernels/cuda/dms_prefill_fp8.h"
+#include "kernels/cuda/dms_prefill_fp8_plan.cuh"
+#include "kernels/cuda/dms_prefill_fp8_marks.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/store_vector.cuh"
+
+namespace winnow::kernels {
+namespace {
+
+using internal::kBuckets;
+using internal::kScanThreads;
+using internal::kStoreThreads;
+using internal::kStoreWarps;
+using internal::NumExpirable;
+using internal::PrefillScratch;
+using internal::Quarter;
+
+constexpr int kDim = kPrefillFp8Dim;
+constexpr int kTokenBytes = static_cast<int>(TokenBytes(KvFormatId::kFp8, kDim));
+
+struct CompactArgs {
+  DmsPrefillCompactParams p;  // without the BF16 tensors
+  DmsPrefillFp8Rows band, compact;
+  const uint8_t* prefix_rows;
+};
+
+// A pointer of `rows` to the first row of a head.
+__device__ DmsPrefillFp8Rows OfHead(const DmsPrefillFp8Rows& all, int64_t first_row) {
+  return {.k = all.k + first_row * kDim,
+          .v = all.v + first_row * kDim,
+          .scales = all.scales + first_row * 2,
+          .inverses = all.inverses + first_row};
+}
+
+// Marks, and zeros for the values that share the last survivors' 16 rows: a weight of 0
+// meets them.
+__global__ void __launch_bounds__(kScanThreads)
+    MarkFp8Kernel(const CompactArgs args, const PrefillScratch scratch) {
+  const DmsPrefillBatch& b = args.p.batch;
+  const int head = blockIdx.x;
+  const DmsPrefillSequence s = b.sequences[blockIdx.y];
+  const int before =
+      b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
+  const int count = internal::MarkBand(args.p, scratch, s, head, before);
+  const DmsPrefillFp8Rows compact = OfHead(args.compact, int64_t{head} * b.compact_rows);
+  const int first = s.compact_row + count, past = -count & 15;
+  for (int i = threadIdx.x; i < past * kDim; i += kScanThreads) {
+    compact.v[PrefillFp8ValueByte(first + i / kDim, i % kDim)] = 0;
+  }
+  if (static_cast<int>(threadIdx.x) < past) compact.inverses[first + threadIdx.x] = 0.0f;
+}
+
+// ---------------------------------------------------------------------------
+// Store: a block of kStoreThreads takes kTokens tokens of one KV head: quantizes them,
+// eight lanes a vector, into shared memory, and writes them from there to the flat rows,
+// the band and the survivors. Grid (1 + pieces of the longest band, batch); the first
+// block plans.
+
+constexpr int kTokens = 64;
+constexpr int kStagedBytes = 2 * kDim + 16;  // a token's; the 16 spread rows over the banks
+
+struct Staged {
+  alignas(16) float sums[kStoreWarps][4][32];
+  alignas(16) uint8_t codes[kTokens][kStagedBytes];  // K, then V
+  uint16_t scales[kTokens][2];
+  uint8_t survivor[kTokens];  // the token of the block's n-th survivor
+};
+
+// A token's parameters of the softmax.
+__device__ void WriteScales(const DmsPrefillFp8Rows& to, int row, const uint16_t (&scales)[2]) {
+  const float v = internal::FromHalf(scales[1]);
+  *reinterpret_cast<float2*>(to.scales + 2 * int64_t{row}) =
+      make_float2(internal::FromHalf(scales[0]), log2f(v));
+  to.inverses[row] = v > 0.0f ? 1.0f / v : 0.0f;
+}
+
+// Sixteen keys of channel `dim` in the order of PrefillFp8ValueByte(); key k is token
+// `token(k)`.
+template <typename Token>
+__device__ uint4 GatherValues(const Staged& staged, int dim, Token token) {
+  uint32_t words[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    words[t] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = i / 2 * 8 + 2 * t + i % 2;
+      words[t] |= static_cast<uint32_t>(staged.codes[token(key)][kDim + dim]) << (8 * i);
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The tokens [first, first + 16 * blocks16) of the band; `row` is first's.
+__device__ void WriteBand(const Staged& staged, const DmsPrefillFp8Rows& band, int row,
+                          int blocks16) {
+  auto* k = reinterpret_cast<uint4*>(band.k + int64_t{row} * kDim);
+  auto* v = reinterpret_cast<uint4*>(band.v + int64_t{row} * kDim);
+  for (int i = threadIdx.x; i < blocks16 * 128; i += kStoreThreads) {
+    const int token = i / 64 * 8 + i % 8, column = i / 8 % 8;
+    k[i] = *reinterpret_cast<const uint4*>(&staged.codes[token][16 * column]);
+    v[i] = GatherValues(staged, i % 128, [&](int key) { return i / 128 * 16 + key; });
+  }
+  for (int i = threadIdx.x; i < blocks16 * 16; i += kStoreThreads) {
+    WriteScales(band, row + i, staged.scales[i]);
+  }
+}
+
+// The block's `count` survivors; `row` is the first one's.
+__device__ void WriteSurvivors(const Staged& staged, const DmsPrefillFp8Rows& compact, int row,
+                               int count) {
+  for (int i = threadIdx.x; i < count * 8; i += kStoreThreads) {
+    const int n = i / 8, column = i % 8;
+    *reinterpret_cast<uint4*>(compact.k + PrefillFp8KeyByte(row + n, 16 * column)) =
+        *reinterpret_cast<const uint4*>(&staged.codes[staged.survivor[n]][16 * column]);
+  }
+  for (int block = row / 16; block * 16 < row + count; ++block) {
+    const int n0 = block * 16 - row;  // the block's first key among ours
+    uint8_t* v = compact.v + int64_t{block} * 2048;
+    if (n0 >= 0 && n0 + 16 <= count) {
+      for (int dim = threadIdx.x; dim < kDim; dim += kStoreThreads) {
+        reinterpret_cast<uint4*>(v)[dim] =
+            GatherValues(staged, dim, [&](int key) { return staged.survivor[n0 + key]; });
+      }
+    } else {  // byte by byte: other blocks own the rest
+      for (int i = threadIdx.x; i < 2048; i += kStoreThreads) {
+        const int n = n0 + i / 2 % 2 * 8 + i / 4 % 4 * 2 + i % 2;
+        if (n >= 0 && n < count) v[i] = staged.codes[staged.survivor[n]][kDim + i / 16];
+      }
+    }
+  }
+  for (int n = threadIdx.x; n < count; n += kStoreThreads) {
+    WriteScales(compact, row + n, staged.scales[staged.survivor[n]]);
+  }
+}
+
+// Quantizes (or for a prefix token copies, or past the band zeroes) the block's tokens.
+__device__ void Stage(const CompactArgs& args, const DmsPrefillSequence& s, int head, int first,
+                      Staged& staged) {
+  const DmsPrefillBatch& b = args.p.batch;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int is_v = lane / 8 % 2;
+  const Quarter quarter{.lane = lane % 8, .mask = 0xffu << (lane & ~7)};
+  for (int turn = 0; turn < kTokens / 16; ++turn) {
+    const int token = 16 * turn + 2 * warp + lane / 16, i = first + token;
+    uint8_t* codes = staged.codes[token] + is_v * kDim;
+    auto* scale = reinterpret_cast<uint8_t*>(&staged.scales[token][is_v]);
+    if (i >= s.num_prefix && i < s.num_prefix + s.num_tokens) {
+      const Bf16* in = (is_v ? args.p.v : args.p.k) +
+                       (s.row + i - s.num_prefix) * args.p.kv_stride + head * kDim +
+                       2 * quarter.lane;
+      float2 x[kDim / 16];
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n) {
+        const uint32_t pair = *reinterpret_cast<const uint32_t*>(in + 16 * n);
+        x[n] = make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+      }
+      internal::StoreVector<KvElement::kE4m3>(x, quarter, staged.sums[warp][lane / 8], codes,
+                                              scale);
+    } else if (i < s.num_prefix) {
+      const uint8_t* from =
+          args.prefix_rows + (int64_t{s.band_row + i} * b.num_kv_heads + head) * kTokenBytes;
+      for (int n = 0; n < 4; ++n) {
+        const int at = 16 * quarter.lane + 4 * n;
+        *reinterpret_cast<uint32_t*>(codes + at) =
+            *reinterpret_cast<const uint32_t*>(from + is_v * kDim + at);
+      }
+      if (quarter.lane == 0) {
+        staged.scales[token][is_v] = reinterpret_cast<const uint16_t*>(from + 2 * kDim)[is_v];
+      }
+    } else {
+      *reinterpret_cast<uint4*>(codes + 16 * quarter.lane) = make_uint4(0, 0, 0, 0);
+      if (quarter.lane == 0) staged.scales[token][is_v] = 0;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kStoreThreads)
+    StoreFp8Kernel(const CompactArgs args, const PrefillScratch scratch, int positions) {
+  __shared__ union {
+    Staged staged;
+    int counts[kBuckets];
+  } memory;
+  __shared__ int warp_sums[kStoreWarps];
+  const DmsPrefillBatch& b = args.p.batch;
+  ptx::WaitForPredecessors();
+  if (blockIdx.x == 0) {
+    if (blockIdx.y == 0) internal::Plan(b, scratch, positions, memory.counts, warp_sums);
+    return;
+  }
+  Staged& staged = memory.staged;
+  const DmsPrefillSequence s = b.sequences[blockIdx.y];
+  const int band = s.num_prefix + s.num_tokens;
+  const int piece = static_cast<int>(blockIdx.x) - 1;
+  const int head = piece % b.num_kv_heads, first = piece / b.num_kv_heads * kTokens;
+  if (first >= band) return;
+  const int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row + first;
+  const int rank = marks[0] >> 1;  // of the first survivor from here on
+  const int laid_out = min(kTokens, NumExpirable(band, b.window) - first);
+  bool survives = false;
+  if (static_cast<int>(threadIdx.x) < laid_out) {
+    const int mark = marks[threadIdx.x];
+    survives = (mark & 1) != 0;
+    if (survives) staged.survivor[(mark >> 1) - rank] = static_cast<uint8_t>(threadIdx.x);
+  }
+  Stage(args, s, head, first, staged);
+  const int count = __syncthreads_count(survives);
+  WriteBand(staged, OfHead(args.band, int64_t{head} * b.band_rows), s.band_row + first,
+            min(kTokens / 16, (band - first + 15) / 16));
+  WriteSurvivors(staged, OfHead(args.compact, int64_t{head} * b.compact_rows), s.compact_row + rank,
+                 count);
+  if (args.p.rows == nullptr) return;
+  const int fresh = max(0, s.num_prefix - first), end = min(kTokens, band - first);
+  for (int i = threadIdx.x; i < (end - fresh) * 65; i += kStoreThreads) {
+    const int token = fresh + i / 65, word = i % 65;
+    const int64_t row = int64_t{s.row + first + token - s.num_prefix} * b.num_kv_heads + head;
+    reinterpret_cast<uint32_t*>(args.p.rows + row * kTokenBytes)[word] =
+        word < 64 ? reinterpret_cast<const uint32_t*>(staged.codes[token])[word]
+                  : *reinterpret_cast<const uint32_t*>(staged.scales[token]);
+  }
+}
+
+}  // namespace
+
+absl::Status LaunchDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& params,
+                                        StreamHandle stream) {
+  WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillFp8Compact(params));
+  const DmsPrefillBatch& b = params.batch.rows;
+  if (b.batch == 0) return absl::OkStatus();
+  const PrefillScratch scratch = internal::ScratchOf(b);
+  const CompactArgs args{.p = {.batch = b,
+                               .format = KvFormatId::kFp8,
+                               .k = params.k,
+                               .v = params.v,
+                               .kv_stride = params.kv_stride,
+                               .decisions = params.decisions,
+                               .prefix_evict = params.prefix_evict,
+                               .rows = params.rows},
+                         .band = params.batch.band,
+                         .compact = params.batch.compact,
+                         .prefix_rows = params.prefix_rows};
+  const dim3 heads(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
+  MarkFp8Kernel<<<heads, kScanThreads, 0, stream>>>(args, scratch);
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  const int pieces = (b.max_band + kTokens - 1) / kTokens * b.num_kv_heads;
+  const dim3 grid(static_cast<unsigned>(1 + pieces), static_cast<unsigned>(b.batch));
+  return LaunchEarly(StoreFp8Kernel, grid, kStoreThreads, 0, stream, args, scratch,
+                     internal::Fp8TilePositions(b.group));
+}
+
+}  // namespace winnow::kernels

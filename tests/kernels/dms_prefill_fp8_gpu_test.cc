@@ -1,0 +1,575 @@
+// LaunchDmsPrefillFp8Compact and LaunchDmsPrefillFp8Attention against StoreRow() and
+// attention in double over the stored values.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/dms_prefill_fp8.h"
+#include "tests/kernels/device_memory.h"
+
+namespace winnow::kernels {
+namespace {
+
+constexpr int kDim = kPrefillFp8Dim;
+constexpr size_t kTokenBytes = TokenBytes(KvFormatId::kFp8, kDim);
+
+struct Sequence {
+  int prefix, chunk;
+};
+
+struct Fp8Case {
+  std::string name;
+  std::vector<Sequence> sequences;
+  int kv_heads = 2, group = 4, window = 256, shift = 1;
+  double evict_rate = 0.875;  // of KV head 0; later heads evict a little less
+  friend void PrintTo(const Fp8Case& c, std::ostream* os) { *os << c.name; }
+};
+
+constexpr size_t Size(int64_t n) { return static_cast<size_t>(n); }
+
+// What the inputs are made of.
+enum class Data {
+  kExact,   // weights are powers of two and sums of few bits: nothing is rounded
+  kNormal,  // scores of standard deviation 1.5
+  kPeaky,   // of 6: a few keys have most of the weight
+};
+
+// All tokens of a sequence, prefix first.
+struct Inputs {
+  int tokens = 0;
+  float scale = 0.0f;
+  std::vector<Bf16> q, k, v;       // [tokens, heads, kDim]
+  std::vector<uint8_t> decisions;  // [tokens, kv_heads]
+  std::vector<uint8_t> rows;       // StoreRow()'s
+  std::vector<float> stored_k, stored_v;
+};
+
+// Exact data: scores are -1, 0 or 1 (one channel of q is 1 or -1 and its scale ln 2), the
+// scales of K and V powers of two, which a channel of 448 times that gives.
+void MakeExact(std::mt19937& rng, Inputs& in) {
+  const auto pick = [&](int n) { return static_cast<int>(rng() % static_cast<uint32_t>(n)); };
+  in.scale = 0.693147180559945309f;
+  for (size_t i = 0; i < in.q.size(); i += kDim) {
+    in.q[i + Size(pick(kDim - 1))] = ToBf16(pick(2) == 0 ? 1.0f : -1.0f);
+  }
+  for (size_t i = 0; i < in.k.size(); i += kDim) {
+    const int unit = pick(2);  // of V's codes: 1 or 1/2
+    for (size_t d = 0; d + 1 < kDim; ++d) {
+      in.k[i + d] = ToBf16(static_cast<float>(pick(3) - 1));
+      in.v[i + d] = ToBf16(std::ldexp(static_cast<float>(pick(5) - 2), -unit));
+    }
+    in.k[i + kDim - 1] = ToBf16(448.0f);
+    in.v[i + kDim - 1] = ToBf16(std::ldexp(pick(2) == 0 ? 448.0f : -448.0f, -unit));
+  }
+}
+
+Inputs MakeInputs(const Fp8Case& c, int tokens, Data data, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<double> uniform;
+  const size_t vectors = Size(tokens) * Size(c.kv_heads);
+  Inputs in;
+  in.tokens = tokens;
+  in.q.resize(vectors * Size(c.group) * kDim);
+  in.k.resize(vectors * kDim);
+  in.v.resize(vectors * kDim);
+  if (data == Data::kExact) {
+    MakeExact(rng, in);
+  } else {
+    in.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+    const float sigma = data == Data::kNormal ? 1.5f : 6.0f;
+    for (Bf16& x : in.q) x = ToBf16(sigma * normal(rng));
+    for (Bf16& x : in.k) x = ToBf16(normal(rng));
+    for (Bf16& x : in.v) x = ToBf16(normal(rng));
+    for (size_t i = 0; i < vectors; i += 7) {  // rows of zeros and of large values
+      for (size_t d = 0; d < kDim; ++d) {
+        Bf16& x = in.v[i * kDim + d];
+        x = i % 5 == 0 ? Bf16{0} : ToBf16(64.0f * ToFloat(x));
+      }
+    }
+  }
+  in.decisions.resize(vectors);
+  for (size_t i = 0; i < vectors; ++i) {
+    const double rate = c.evict_rate <= 0.0 || c.evict_rate >= 1.0
+                            ? c.evict_rate
+                            : c.evict_rate - 0.05 * static_cast<double>(i % Size(c.kv_heads));
+    in.decisions[i] = uniform(rng) < rate ? 1 : 0;
+  }
+  in.rows.resize(vectors * kTokenBytes);
+  in.stored_k.resize(vectors * kDim);
+  in.stored_v.resize(vectors * kDim);
+  for (size_t i = 0; i < vectors; ++i) {
+    float k[kDim], v[kDim];
+    for (size_t d = 0; d < kDim; ++d) {
+      k[d] = ToFloat(in.k[i * kDim + d]);
+      v[d] = ToFloat(in.v[i * kDim + d]);
+    }
+    StoreRow(KvFormatId::kFp8, kDim, k, v, &in.rows[i * kTokenBytes]);
+    const TokenRef token = RowToken(KvFormatId::kFp8, kDim, &in.rows[i * kTokenBytes]);
+    LoadK(KvFormatId::kFp8, kDim, token, &in.stored_k[i * kDim]);
+    LoadV(KvFormatId::kFp8, kDim, token, &in.stored_v[i * kDim]);
+  }
+  return in;
+}
+
+bool Kept(const Fp8Case& c, const Inputs& in, int token, int head) {
+  const int own = token + c.shift;
+  return own >= in.tokens || in.decisions[Size(own * c.kv_heads + head)] == 0;
+}
+
+// |x| <= 448 to the nearest e4m3 number, ties to even.
+double RoundE4m3(double x) {
+  if (x == 0.0) return 0.0;
+  const double step = std::ldexp(1.0, std::max(std::ilogb(x), -6) - 3);
+  return std::nearbyint(x / step) * step;
+}
+
+// The queries of the chunk as the kernel rounds them: 16 rows of (position, head of the
+// group) of a tile share the power of two that brings the largest into [128, 256).
+std::vector<double> RoundedQueries(const Fp8Case& c, const Inputs& in, int prefix) {
+  std::vector<double> q(in.q.size());
+  std::transform(in.q.begin(), in.q.end(), q.begin(), [](Bf16 x) { return ToFloat(x); });
+  const int positions = 192 / c.group, heads = c.kv_heads * c.group;
+  for (int first = prefix; first < in.tokens; first += positions) {
+    const int rows = std::min(positions, in.tokens - first) * c.group;
+    for (int g = 0; g < c.kv_heads; ++g) {
+      for (int row0 = 0; row0 < rows; row0 += 16) {
+        const auto for_each = [&](auto what) {
+          for (int row = row0; row < std::min(row0 + 16, rows); ++row) {
+            const int at = ((first + row / c.group) * heads + g * c.group + row % c.group) * kDim;
+            for (int d = 0; d < kDim; ++d) what(q[Size(at + d)]);
+          }
+        };
+        double largest = 0.0;
+        for_each([&](double x) { largest = std::max(largest, std::fabs(x)); });
+        const double unit = largest == 0.0 ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - 7);
+        for_each([&](double& x) { x = RoundE4m3(x / unit) * unit; });
+      }
+    }
+  }
+  return q;
+}
+
+// Of V of a flat row: positive and finite here.
+double ValueScale(const uint8_t* row) {
+  uint16_t half;
+  std::memcpy(&half, RowToken(KvFormatId::kFp8, kDim, row).v_scale, 2);
+  const int exponent = half >> 10, fraction = half & 1023;
+  return exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024, exponent - 25);
+}
+
+struct Expected {
+  std::vector<double> out;  // [chunk, heads, kDim], as all
+  // Empty unless asked for: sums of weight * |value|, of (weight * value)^2, and of what
+  // weights below e4m3's normal range may be off by: 2^-10 where the largest is 2^7.
+  std::vector<double> absolute, square, underflow;
+};
+
+// Attention of the chunk in double.
+Expected Attention(const Fp8Case& c, const Inputs& in, int prefix, const std::vector<double>& q,
+                   bool sums) {
+  const int heads = c.kv_heads * c.group;
+  Expected e;
+  e.out.resize(Size(in.tokens - prefix) * Size(heads * kDim));
+  if (sums) {
+    for (auto* x : {&e.absolute, &e.square, &e.underflow}) x->resize(e.out.size());
+  }
+  std::vector<double> scales(Size(in.tokens * c.kv_heads)), w(Size(in.tokens));
+  for (size_t i = 0; i < scales.size(); ++i) scales[i] = ValueScale(&in.rows[i * kTokenBytes]);
+  for (int t = prefix; t < in.tokens; ++t) {
+    for (int h = 0; h < heads; ++h) {
+      const int g = h / c.group;
+      const auto vector_of = [&](int j) { return Size(j * c.kv_heads + g); };
+      const double* query = &q[Size(t * heads + h) * kDim];
+      double largest = -INFINITY, sum = 0.0, top = 0.0;  // top: of weight times V's scale
+      for (int j = 0; j <= t; ++j) {
+        w[Size(j)] = -INFINITY;
+        if (t - j > c.window && !Kept(c, in, j, g)) continue;
+        const float* k = &in.stored_k[vector_of(j) * kDim];
+        double dot = 0.0;
+        for (int d = 0; d < kDim; ++d) dot += query[d] * double{k[d]};
+        w[Size(j)] = dot * double{in.scale};
+        largest = std::max(largest, w[Size(j)]);
+      }
+      for (int j = 0; j <= t; ++j) sum += w[Size(j)] = std::exp(w[Size(j)] - largest);
+      for (int j = 0; j <= t; ++j) {
+        w[Size(j)] /= sum;
+        top = std::max(top, w[Size(j)] * scales[vector_of(j)]);
+      }
+      const size_t at = Size((t - prefix) * heads + h) * kDim;
+      for (int j = 0; j <= t; ++j) {
+        if (w[Size(j)] == 0.0) continue;
+        const float* v = &in.stored_v[vector_of(j) * kDim];
+        for (size_t d = 0; d < kDim; ++d) e.out[at + d] += w[Size(j)] * double{v[d]};
+        if (!sums) continue;
+        const double lost = std::min(w[Size(j)], 0x1p-17 * top / scales[vector_of(j)]);
+        for (size_t d = 0; d < kDim; ++d) {
+          const double term = w[Size(j)] * std::fabs(v[d]);
+          e.absolute[at + d] += term;
+          e.square[at + d] += term * term;
+          e.underflow[at + d] += lost * std::fabs(v[d]);
+        }
+      }
+    }
+  }
+  return e;
+}
+
+struct DeviceResult {
+  std::vector<std::vector<Bf16>> out;  // of each sequence's chunk
+  std::vector<std::vector<uint8_t>> rows;
+};
+
+// Host copies of DmsPrefillFp8Rows, all bytes 0xff (NaN) at first.
+struct HostRows {
+  HostRows(int heads, int rows_of_head)
+      : rows(rows_of_head),
+        k(Size(heads) * Size(rows) * kDim, 0xff),
+        v(k),
+        scales(Size(heads) * Size(rows) * 2, std::nanf("")),
+        inverses(Size(heads) * Size(rows), std::nanf("")) {}
+  void Put(int head, int row, const uint8_t* flat) {
+    const size_t base = Size(head) * Size(rows) * kDim, at = Size(head) * Size(rows) + Size(row);
+    for (int d = 0; d < kDim; ++d) {
+      k[base + Size(PrefillFp8KeyByte(row, d))] = flat[d];
+      v[base + Size(PrefillFp8ValueByte(row, d))] = flat[kDim + d];
+    }
+    float one_k[kDim], one_v[kDim];  // a code's value over the code's number is its scale
+    const auto scale = [&](const float* x, const uint8_t* codes) {
+      for (int d = 0; d < kDim; ++d) {
+        if (DecodeE4m3(codes[d]) != 0.0f) return x[d] / DecodeE4m3(codes[d]);
+      }
+      return 0x1p-24f;
+    };
+    const TokenRef token = RowToken(KvFormatId::kFp8, kDim, flat);
+    LoadK(KvFormatId::kFp8, kDim, token, one_k);
+    LoadV(KvFormatId::kFp8, kDim, token, one_v);
+    scales[2 * at] = scale(one_k, token.k);
+    scales[2 * at + 1] = std::log2(scale(one_v, token.v));
+    inverses[at] = 1.0f / scale(one_v, token.v);
+  }
+  int rows;
+  std::vector<uint8_t> k, v;
+  std::vector<float> scales, inverses;
+};
+
+struct DeviceRows {
+  explicit DeviceRows(const HostRows& host)
+      : k(host.k), v(host.v), scales(host.scales), inverses(host.inverses) {}
+  DmsPrefillFp8Rows get() const { return {k.get(), v.get(), scales.get(), inverses.get()}; }
+  void Check() const {
+    k.Get();
+    v.Get();
+    scales.Get();
+    inverses.Get();
+  }
+  DeviceArray<uint8_t> k, v;
+  DeviceArray<float> scales, inverses;
+};
+
+// Both ops over a batch of these sequences, with rows of nobody between them.
+DeviceResult RunOnDevice(const Fp8Case& c, const std::vector<Sequence>& sequences,
+                         const std::vector<const Inputs*>& inputs) {
+  constexpr int kGap = 3;
+  const size_t kv = Size(c.kv_heads), heads = kv * Size(c.group);
+  std::vector<DmsPrefillSequence> places;
+  int rows = 0, band = 0, compact = 0, max_band = 0;
+  for (const Sequence& s : sequences) {
+    const int prefix = std::min(s.prefix, c.window);
+    places.push_back({rows, s.chunk, band, prefix, compact});
+    rows += s.chunk + kGap;
+    band += (prefix + s.chunk + 15) / 16 * 16;
+    compact += (s.prefix + s.chunk + 15) / 16 * 16;
+    max_band = std::max(max_band, prefix + s.chunk);
+  }
+  band = std::max(band, (rows + 15) / 16 * 16);
+  std::vector<Bf16> q(Size(rows) * heads * kDim, Bf16{0xffff}), k(Size(rows) * kv * kDim, q[0]);
+  std::vector<Bf16> v(k);
+  std::vector<uint8_t> decisions(Size(rows) * kv, 0xff), prefix_evict(Size(band) * kv, 0xff);
+  std::vector<uint8_t> prefix_rows(Size(band) * kv * kTokenBytes, 0xff);
+  std::vector<int32_t> num_survivors;
+  HostRows host_compact(c.kv_heads, compact);
+  for (size_t n = 0; n < sequences.size(); ++n) {
+    const Inputs& in = *inputs[n];
+    const DmsPrefillSequence& at = places[n];
+    const size_t prefix = Size(sequences[n].prefix), row = Size(at.row);
+    const int band_start = sequences[n].prefix - at.num_prefix;
+    const auto copy = [&](const auto& from, auto& to, size_t width) {
+      std::copy(from.begin() + static_cast<int64_t>(prefix * width), from.end(),
+                to.begin() + static_cast<int64_t>(row * width));
+    };
+    copy(in.q, q, heads * kDim);
+    copy(in.k, k, kv * kDim);
+    copy(in.v, v, kv * kDim);
+    copy(in.decisions, decisions, kv);
+    for (int g = 0; g < c.kv_heads; ++g) {
+      for (int i = 0; i < at.num_prefix; ++i) {
+        // With shift 1 the newest prefix token's bit comes with the chunk: wrong here.
+        const bool newest = c.shift == 1 && i + 1 == at.num_prefix;
+        const size_t to = Size(at.band_row + i) * kv + Size(g);
+        prefix_evict[to] = Kept(c, in, band_start + i, g) == newest ? 1 : 0;
+        std::memcpy(&prefix_rows[to * kTokenBytes],
+                    &in.rows[(Size(band_start + i) * kv + Size(g)) * kTokenBytes], kTokenBytes);
+      }
+      int count = 0;
+      for (int t = 0; t < band_start; ++t) {
+        if (!Kept(c, in, t, g)) continue;
+        host_compact.Put(g, at.compact_row + count++,
+                         &in.rows[(Size(t) * kv + Size(g)) * kTokenBytes]);
+      }
+      num_survivors.push_back(count);
+    }
+  }
+  const DeviceArray<Bf16> d_q(q), d_k(k), d_v(v), out(q.size());
+  const DeviceArray<uint8_t> d_decisions(decisions), d_prefix_evict(prefix_evict);
+  const DeviceArray<uint8_t> d_prefix_rows(prefix_rows), flat(Size(rows) * kv * kTokenBytes);
+  const DeviceArray<int32_t> d_survivors(num_survivors);
+  const DeviceArray<DmsPrefillSequence> d_places(places);
+  const DeviceRows d_band(HostRows(c.kv_heads, band)), d_compact(host_compact);
+  DmsPrefillFp8Batch batch{.rows = {.sequences = d_places.get(),
+                                    .num_survivors = d_survivors.get(),
+                                    .batch = static_cast<int>(sequences.size()),
+                                    .num_kv_heads = c.kv_heads,
+                                    .group = c.group,
+                                    .head_dim = kDim,
+                                    .window = c.window,
+                                    .shift = c.shift,
+                                    .num_rows = rows,
+                                    .band_rows = band,
+                                    .compact_rows = compact,
+                                    .max_band = max_band},
+                           .band = d_band.get(),
+                           .compact = d_compact.get()};
+  const DeviceArray<uint8_t> scratch(DmsPrefillFp8ScratchBytes(batch.rows));
+  batch.rows.scratch = scratch.get();
+  absl::Status status = LaunchDmsPrefillFp8Compact({.batch = batch,
+                                                    .k = d_k.get(),
+                                                    .v = d_v.get(),
+                                                    .kv_stride = static_cast<int64_t>(kv * kDim),
+                                                    .decisions = d_decisions.get(),
+                                                    .prefix_evict = d_prefix_evict.get(),
+                                                    .prefix_rows = d_prefix_rows.get(),
+                                                    .rows = flat.get()},
+                                                   nullptr);
+  EXPECT_TRUE(status.ok()) << status;
+  status = LaunchDmsPrefillFp8Attention({.batch = batch,
+                                         .q = d_q.get(),
+                                         .q_stride = static_cast<int64_t>(heads * kDim),
+                                         .out = out.get(),
+                                         .scale = inputs[0]->scale},
+                                        nullptr);
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess) << cudaGetErrorString(cudaGetLastError());
+
+  const std::vector<Bf16> all_out = out.Get();
+  const std::vector<uint8_t> all_rows = flat.Get();
+  scratch.Get();
+  d_band.Check();
+  d_compact.Check();
+  DeviceResult result;
+  const auto cut = [](const auto& x, size_t at, size_t n) {
+    return std::decay_t<decltype(x)>(x.begin() + static_cast<int64_t>(at),
+                                     x.begin() + static_cast<int64_t>(at + n));
+  };
+  for (const DmsPrefillSequence& at : places) {
+    const size_t chunk = Size(at.num_tokens), row = Size(at.row);
+    result.out.push_back(cut(all_out, row * heads * kDim, chunk * heads * kDim));
+    result.rows.push_back(cut(all_rows, row * kv * kTokenBytes, chunk * kv * kTokenBytes));
+    for (const Bf16 x : cut(all_out, (row + chunk) * heads * kDim, Size(kGap) * heads * kDim)) {
+      EXPECT_EQ(x.bits, 0xffff) << "a row of nobody was written";
+    }
+  }
+  return result;
+}
+
+class DmsPrefillFp8Gpu : public testing::TestWithParam<Fp8Case> {
+ protected:
+  void SetUp() override { RequireGpu(); }
+};
+
+struct CaseRun {
+  std::vector<Inputs> inputs;
+  DeviceResult got;
+};
+
+CaseRun RunCase(const Fp8Case& c, Data data) {
+  CaseRun run;
+  std::vector<const Inputs*> all;
+  for (const Sequence& s : c.sequences) {
+    const uint32_t seed = static_cast<uint32_t>(run.inputs.size() + 1);
+    run.inputs.push_back(MakeInputs(c, s.prefix + s.chunk, data, seed));
+  }
+  for (const Inputs& in : run.inputs) all.push_back(&in);
+  run.got = RunOnDevice(c, c.sequences, all);
+  for (size_t n = 0; n < run.inputs.size(); ++n) {
+    const std::vector<uint8_t>& rows = run.inputs[n].rows;
+    const std::vector<uint8_t>& got = run.got.rows[n];
+    EXPECT_TRUE(std::equal(got.begin(), got.end(), rows.end() - static_cast<int64_t>(got.size())))
+        << "flat rows of sequence " << n;
+    const DeviceResult alone = RunOnDevice(c, {c.sequences[n]}, {&run.inputs[n]});
+    EXPECT_TRUE(alone.out[0] == run.got.out[n]) << "depends on its batch mates, or on chance";
+  }
+  return run;
+}
+
+void ExpectWithin(const std::vector<Bf16>& got, const std::vector<double>& want,
+                  const std::vector<double>& bound, const Fp8Case& c) {
+  ASSERT_EQ(got.size(), want.size());
+  int wrong = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(double{ToFloat(got[i])} - want[i]);
+    if (!(error <= bound[i]) && wrong++ < 3) {  // also for NaN
+      const size_t heads = Size(c.kv_heads * c.group);
+      ADD_FAILURE() << "token " << i / kDim / heads << " head " << i / kDim % heads << " dim "
+                    << i % kDim << ": " << ToFloat(got[i]) << ", not " << want[i] << " within "
+                    << bound[i];
+    }
+  }
+  EXPECT_EQ(wrong, 0) << "of " << want.size();
+}
+
+// Every code, weight and sum is exact, so what is left is the rounding of the output, 2^-8,
+// and of float32: a key missed, taken twice or out of place shows.
+TEST_P(DmsPrefillFp8Gpu, IsExactWhereNothingIsRounded) {
+  const Fp8Case& c = GetParam();
+  const CaseRun run = RunCase(c, Data::kExact);
+  for (size_t n = 0; n < run.inputs.size(); ++n) {
+    SCOPED_TRACE("sequence " + std::to_string(n));
+    const Inputs& in = run.inputs[n];
+    std::vector<double> q(in.q.size());
+    std::transform(in.q.begin(), in.q.end(), q.begin(), [](Bf16 x) { return ToFloat(x); });
+    const Expected e = Attention(c, in, c.sequences[n].prefix, q, true);
+    std::vector<double> bound(e.out.size());
+    for (size_t i = 0; i < bound.size(); ++i) {
+      bound[i] = 0x1p-8 * std::fabs(e.out[i]) + 0x1p-16 * e.absolute[i];
+    }
+    ExpectWithin(run.got.out[n], e.out, bound, c);
+  }
+}
+
+// Against attention with the queries rounded as the kernel rounds them. What differs:
+// weights rounded to e4m3, independently, each by at most 2^-4 of it: by Hoeffding's
+// inequality their sum is off by more than 2^-4 sqrt(2 ln(2 / p) sum of squares) with
+// probability p; 8.5 stands for p = 4e-16. A weight below e4m3's normal range is
+// off by `underflow` at most. A sum in the tensor core drops what is under 2^-13 of its
+// largest term, once for 32 channels or keys: 4 times for a score, of terms that add up
+// to the norms' product at most, and a weight moves as the score does, its sum too;
+// 32 times for the outputs of 1024 keys. The output's rounding is 2^-8 of it.
+void ExpectNear(const Fp8Case& c, Data data) {
+  const CaseRun run = RunCase(c, data);
+  for (size_t n = 0; n < run.inputs.size(); ++n) {
+    SCOPED_TRACE("sequence " + std::to_string(n));
+    const Inputs& in = run.inputs[n];
+    const int prefix = c.sequences[n].prefix;
+    const Expected e = Attention(c, in, prefix, RoundedQueries(c, in, prefix), true);
+    double longest_q = 0.0, longest_k = 0.0;
+    const auto longest = [](const auto& x, auto value) {
+      double most = 0.0;
+      for (size_t i = 0; i < x.size(); i += kDim) {
+        double sum = 0.0;
+        for (size_t d = 0; d < kDim; ++d) sum += std::pow(double{value(x[i + d])}, 2);
+        most = std::max(most, std::sqrt(sum));
+      }
+      return most;
+    };
+    longest_q = longest(in.q, [](Bf16 x) { return ToFloat(x); });
+    longest_k = longest(in.stored_k, [](float x) { return x; });
+    const double score = 4 * 0x1p-13 * longest_q * longest_k * double{in.scale};
+    std::vector<double> bound(e.out.size());
+    for (size_t i = 0; i < bound.size(); ++i) {
+      bound[i] = 8.5 * 0x1p-4 * std::sqrt(e.square[i]) + e.underflow[i] +
+                 (2.0 * score + 32 * 0x1p-13) * e.absolute[i] + 0x1p-8 * std::fabs(e.out[i]);
+    }
+    ExpectWithin(run.got.out[n], e.out, bound, c);
+
+    // What to expect of the whole: printed, and written down in docs/benchmarks.md.
+    std::vector<double> exact_q(in.q.size());
+    std::transform(in.q.begin(), in.q.end(), exact_q.begin(), [](Bf16 x) { return ToFloat(x); });
+    const Expected exact = Attention(c, in, prefix, exact_q, false);
+    double square = 0.0, square_rounded = 0.0, most = 0.0, of = 0.0;
+    for (size_t i = 0; i < e.out.size(); ++i) {
+      const double got = ToFloat(run.got.out[n][i]), error = std::fabs(got - exact.out[i]);
+      square += error * error;
+      square_rounded += (got - e.out[i]) * (got - e.out[i]);
+      of += exact.out[i] * exact.out[i];
+      most = std::max(most, error);
+    }
+    const double count = static_cast<double>(e.out.size());
+    std::printf(
+        "%s: error RMS %.4f of the output's RMS %.4f (%.4f without the queries'), most %.4f\n",
+        c.name.c_str(), std::sqrt(square / of), std::sqrt(of / count),
+        std::sqrt(square_rounded / of), most);
+  }
+}
+
+TEST_P(DmsPrefillFp8Gpu, IsNearOnNormalData) { ExpectNear(GetParam(), Data::kNormal); }
+TEST_P(DmsPrefillFp8Gpu, IsNearOnPeakyData) { ExpectNear(GetParam(), Data::kPeaky); }
+
+// A key that is not finite makes what sees it NaN, and nothing else.
+TEST(DmsPrefillFp8, NonFiniteKeysAndQueries) {
+  RequireGpu();
+  if (testing::Test::IsSkipped() || testing::Test::HasFatalFailure()) return;
+  const Fp8Case c{
+      .name = "nan", .sequences = {{0, 300}}, .kv_heads = 1, .window = 40, .evict_rate = 1.0};
+  Inputs in = MakeInputs(c, 300, Data::kNormal, 3);
+  in.k[100 * kDim + 3] = Bf16{0x7f80};
+  in.v[200 * kDim] = Bf16{0x7fc0};
+  in.q[(250 * 4 + 2) * kDim + 77] = Bf16{0x7f80};
+  const DeviceResult got = RunOnDevice(c, c.sequences, {&in});
+  for (int t = 0; t < 300; ++t) {
+    for (int h = 0; h < 4; ++h) {
+      const bool sees = (t >= 100 && t <= 140) || (t >= 200 && t <= 240) || (t == 250 && h == 2);
+      for (int d = 0; d < kDim; ++d) {
+        const bool nan = std::isnan(ToFloat(got.out[0][Size((t * 4 + h) * kDim + d)]));
+        ASSERT_EQ(nan, sees) << t << " " << h << " " << d;
+      }
+    }
+  }
+}
+
+const Fp8Case kCases[] = {
+    {.name = "one_token", .sequences = {{0, 1}}},
+    {.name = "a_tile_less_one", .sequences = {{0, 31}}},
+    {.name = "a_tile", .sequences = {{0, 32}}},
+    {.name = "a_tile_and_one", .sequences = {{0, 33}}},
+    {.name = "some", .sequences = {{0, 1021}}},
+    {.name = "longer", .sequences = {{0, 2500}}, .kv_heads = 1, .group = 1, .window = 100},
+    {.name = "group1", .sequences = {{0, 600}}, .group = 1, .window = 40},
+    {.name = "group2", .sequences = {{0, 600}}, .group = 2, .window = 256},
+    {.name = "group3", .sequences = {{0, 500}}, .kv_heads = 3, .group = 3, .window = 64},
+    {.name = "group8", .sequences = {{0, 600}}, .kv_heads = 1, .group = 8, .window = 100},
+    {.name = "window_1", .sequences = {{0, 400}}, .group = 1, .window = 1},
+    {.name = "window_1024", .sequences = {{0, 1500}}, .kv_heads = 1, .group = 2, .window = 1024},
+    {.name = "window_past_the_end", .sequences = {{0, 300}}, .window = 1000},
+    {.name = "keep_all", .sequences = {{0, 700}}, .window = 128, .evict_rate = 0.0},
+    {.name = "evict_all", .sequences = {{0, 700}}, .window = 33, .evict_rate = 1.0},
+    {.name = "evict_all_shift_0",
+     .sequences = {{0, 700}},
+     .window = 33,
+     .shift = 0,
+     .evict_rate = 1.0},
+    {.name = "shift_0", .sequences = {{0, 700}}, .window = 100, .shift = 0, .evict_rate = 0.5},
+    {.name = "ragged", .sequences = {{0, 300}, {0, 1}, {0, 129}, {0, 640}}, .window = 100},
+    {.name = "prefixes",
+     .sequences = {{700, 300}, {30, 129}, {0, 90}, {100, 1}, {101, 17}},
+     .window = 100,
+     .evict_rate = 0.6},
+    {.name = "prefixes_shift_0",
+     .sequences = {{700, 300}, {30, 129}, {0, 90}, {100, 1}},
+     .window = 100,
+     .shift = 0,
+     .evict_rate = 0.6},
+    {.name = "prefix_one_token", .sequences = {{1000, 1}}, .window = 256},
+};
+
+INSTANTIATE_TEST_SUITE_P(All, DmsPrefillFp8Gpu, testing::ValuesIn(kCases),
+                         [](const auto& c) { return c.param.name; });
+
+}  // namespace
+}  // namespace winnow::kernels

@@ -1,5 +1,3 @@
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,32 +8,38 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
+#include "kernels/cuda/dms_prefill_store.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
 namespace winnow::kernels {
 namespace {
 
+using internal::Four;
 using internal::NumExpirable;
 using internal::PrefillScratch;
 using internal::PrefillTile;
+using internal::StoreVector;
 
 // ---------------------------------------------------------------------------
-// Marks: one block a (KV head, sequence) scans the band's keep bits. Grid
-// (num_kv_heads, batch), kScanThreads threads of kScanTokens tokens each and turn.
+// Marks: a block a piece of a (KV head, sequence) counts the kept tokens before its piece,
+// then scans its own. Grid (num_kv_heads, batch, pieces of the longest band).
 
-constexpr int kScanThreads = 1024, kScanTokens = 8;
+constexpr int kMarkWarps = 16, kMarkThreads = 32 * kMarkWarps;
+constexpr int kMarkWords = 8;  // of 32 tokens, a warp
+constexpr int kMarkTokens = kMarkThreads * kMarkWords;
 
-// The bit of band token `i` of a band of `band`, 1: evict.
-__device__ bool Evicted(const DmsPrefillCompactParams& p, const DmsPrefillSequence& s, int head,
-                        int i, int band) {
+// Whether band token `i`, any of [0, band + 31], is one that is kept. One load at most
+// and no branch before it, so that many are under way at a time.
+__device__ __forceinline__ bool Kept(const DmsPrefillCompactParams& p, const DmsPrefillSequence& s,
+                                     int head, int i, int band) {
   const int own = i + p.batch.shift;  // the token whose decision it is
-  if (own < s.num_prefix) {
-    return p.prefix_evict != nullptr &&
-           p.prefix_evict[int64_t{s.band_row + i} * p.batch.num_kv_heads + head] != 0;
-  }
-  if (own >= band || p.decisions == nullptr) return false;
-  return p.decisions[int64_t{s.row + own - s.num_prefix} * p.batch.num_kv_heads + head] != 0;
+  const bool prefix = own < s.num_prefix;
+  const uint8_t* bits = prefix ? p.prefix_evict : p.decisions;
+  const int64_t row = prefix ? int64_t{s.band_row} + i : int64_t{s.row} + own - s.num_prefix;
+  uint8_t evict = 0;
+  if (bits != nullptr && own < band) evict = bits[row * p.batch.num_kv_heads + head];
+  return i < band && evict == 0;
 }
 
 // Zeros in rows [first, first + 8) of x, but none from `end` on. All threads.
@@ -46,55 +50,68 @@ __device__ void ZeroRows(Bf16* x, int64_t row_stride, int first, int end, int he
   }
 }
 
-__global__ void __launch_bounds__(kScanThreads)
+// The sum over the block of every warp's `x`, which is the same in all its lanes, and that
+// over the warps before this one.
+__device__ int2 SumOfWarps(int x, int (&shared)[kMarkWarps]) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  __syncthreads();  // what was there is read
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  int2 sums = make_int2(0, 0);
+#pragma unroll
+  for (int i = 0; i < kMarkWarps; ++i) {
+    sums.x += shared[i];
+    sums.y += i < warp ? shared[i] : 0;
+  }
+  return sums;
+}
+
+__global__ void __launch_bounds__(kMarkThreads)
     MarkKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch) {
-  __shared__ int warp_sums[kScanThreads / 32];
+  __shared__ int sums[kMarkWarps];
   __shared__ int expired;
+  ptx::WaitForPredecessors();
+  ptx::LetDependentsStart();
   const DmsPrefillBatch& b = p.batch;
   const int head = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
   const int band = s.num_prefix + s.num_tokens, expirable = NumExpirable(band, b.window);
-  int before = b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
-  if (threadIdx.x == 0) expired = before;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *scratch.ticket = 0;
-  int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row;
-  static_assert(kScanThreads == 32 * 32);
-  for (int base = 0; base < band; base += kScanThreads * kScanTokens) {
-    const int first = base + static_cast<int>(threadIdx.x) * kScanTokens;
-    int keep[kScanTokens], sum = 0;
+  const int start = static_cast<int>(blockIdx.z) * kMarkTokens;
+  if (start >= band && start > 0) return;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && start == 0 && threadIdx.x == 0) *scratch.ticket = 0;
+  const auto kept = [&](int i) { return Kept(p, s, head, i, band); };
+  const int older =
+      b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
+  int before = 0;
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x); i < start; i += kMarkThreads) before += kept(i);
+  before = older + SumOfWarps(__reduce_add_sync(~0u, before), sums).x;
+
+  const int first = start + warp * 32 * kMarkWords;
+  uint32_t words[kMarkWords];
+  int count = 0;
 #pragma unroll
-    for (int i = 0; i < kScanTokens; ++i) {
-      keep[i] = first + i < band && !Evicted(p, s, head, first + i, band) ? 1 : 0;
-      sum += keep[i];
-    }
-    int inclusive = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    __syncthreads();  // the last turn's sums are read
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    // Every warp scans the 32 warps' sums for itself.
-    int warps = warp_sums[lane];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, warps, step);
-      if (lane >= step) warps += left;
-    }
-    const int total = __shfl_sync(~0u, warps, 31);
-    const int up_to_mine = __shfl_sync(~0u, warps, warp);
-    const int own = __shfl_sync(~0u, inclusive, 31);
-    int rank = before + up_to_mine - own + inclusive - sum;
-#pragma unroll
-    for (int i = 0; i < kScanTokens; ++i) {
-      if (first + i < band) marks[first + i] = 2 * rank + keep[i];
-      rank += keep[i];
-      if (first + i + 1 == expirable) expired = rank;
-    }
-    before += total;
+  for (int n = 0; n < kMarkWords; ++n) {
+    words[n] = __ballot_sync(~0u, kept(first + 32 * n + lane));
+    count += __popc(words[n]);
   }
+  const int2 counts = SumOfWarps(count, sums);
+  // Survivors of the band end where the last expirable token lies; one block has it.
+  const bool last = expirable > start && expirable <= start + kMarkTokens;
+  const bool none = expirable == 0 && start == 0;
+  if (none && threadIdx.x == 0) expired = older;
+  int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row;
+  int rank = before + counts.y;
+#pragma unroll
+  for (int n = 0; n < kMarkWords; ++n) {
+    const int i = first + 32 * n + lane;
+    const int own = static_cast<int>(words[n] >> lane & 1);
+    const int mine = rank + __popc(words[n] & ((1u << lane) - 1));
+    if (i < band) marks[i] = 2 * mine + own;
+    if (i + 1 == expirable) expired = mine + own;
+    rank += __popc(words[n]);
+  }
+  if (!last && !none) return;
   __syncthreads();
   const int64_t compact = (int64_t{head} * b.compact_rows) * b.head_dim;
   ZeroRows(b.compact_k + compact, b.head_dim, s.compact_row + expired, b.compact_rows, b.head_dim);
@@ -110,6 +127,7 @@ __global__ void __launch_bounds__(kScanThreads)
 // kThreads, whose work hides behind the other blocks' of its kernel.
 
 constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
+constexpr int kItems = 4;  // tokens of a head, a warp of the store
 constexpr int kBuckets = 2048, kBoxKeys = 128;
 
 template <int kThreads>
@@ -167,225 +185,116 @@ __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, in
 }
 
 // ---------------------------------------------------------------------------
-// Store: eight lanes a K or V of one token and head, a warp two such rows of
-// [tokens, heads]. Lane l of the eight holds dims 16 i + 2 l and 16 i + 2 l + 1, so
-// that the error's sixteen partial sums are the CPU's. Grid (1 + pieces of the longest
-// band, batch); the first block plans. Shared memory: the partial sums, the flat rows on
-// their way out, and the plan's counts.
-
-struct Quarter {
-  int lane;       // in the eight
-  uint32_t mask;  // of the eight in the warp
-};
-
-__device__ uint32_t MaxOfQuarter(uint32_t x, const Quarter& quarter) {
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) x = max(x, __shfl_xor_sync(quarter.mask, x, step));
-  return x;
-}
-
-__device__ float FromHalf(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ uint16_t RoundToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
-
-// |x| <= 448 rounded to e4m3, both halves.
-__device__ float2 RoundedToE4m3(float x, float y) {
-  const __nv_fp8x2_storage_t codes =
-      __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, __NV_E4M3);
-  return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
-}
-
-// kv_format's ScaleFor().
-__device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code) {
-  constexpr uint16_t kHalfNan = 0x7e00, kHalfMax = 0x7bff;
-  if (amax_bits >= 0x7f800000u) return kHalfNan;
-  const float amax = __uint_as_float(amax_bits);
-  uint16_t scale = min(RoundToHalf(__fdiv_rn(amax, max_code)), kHalfMax);
-  if (scale == 0 || (scale < kHalfMax && __fmul_rn(FromHalf(scale), max_code) < amax)) ++scale;
-  return scale;
-}
-
-// kv_format's E4m3ScaleFor(): `smallest` or sqrt(2) times it. `sums` [2][16] is the
-// eight lanes' own.
-template <int kPairs>
-__device__ uint16_t BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
-                                    const Quarter& quarter, float* sums) {
-  const uint16_t other =
-      min(RoundToHalf(__fmul_rn(FromHalf(smallest), 1.41421356237309504880f)), uint16_t{0x7bff});
-#pragma unroll
-  for (int candidate = 0; candidate < 2; ++candidate) {
-    const float inverse = __frcp_rn(FromHalf(candidate == 0 ? smallest : other));
-    float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const float a = fabsf(__fmul_rn(x[i].x, inverse)), b = fabsf(__fmul_rn(x[i].y, inverse));
-      const float2 rounded = RoundedToE4m3(a, b);
-      const float ea = __fsub_rn(a, rounded.x), eb = __fsub_rn(b, rounded.y);
-      sum.x = __fadd_rn(sum.x, __fmul_rn(ea, ea));
-      sum.y = __fadd_rn(sum.y, __fmul_rn(eb, eb));
-    }
-    *reinterpret_cast<float2*>(sums + 16 * candidate + 2 * quarter.lane) = sum;
-  }
-  __syncwarp(quarter.mask);
-  // Even lanes add up the first candidate's sums in order, odd ones the second's.
-  const int mine = quarter.lane & 1;
-  const float4* parts = reinterpret_cast<const float4*>(sums + 16 * mine);
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float4 part = parts[i];
-    total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, part.x), part.y), part.z), part.w);
-  }
-  const float scale = FromHalf(mine == 0 ? smallest : other);
-  total = __fmul_rn(__fmul_rn(total, scale), scale);
-  const float others = __shfl_xor_sync(quarter.mask, total, 1);
-  __syncwarp(quarter.mask);  // the sums are read
-  return (mine == 0 ? others < total : total < others) ? other : smallest;
-}
-
-// x / s correctly rounded wherever a code's rounding can tell: x has 8 bits and s 11, so
-// a quotient is a code's tie exactly (and then the residual is 0) or off it by 2^-20.
-__device__ float Divide(float x, float s, float inverse) {
-  const float q = __fmul_rn(x, inverse);
-  return copysignf(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q), x);
-}
-
-// Quantizes the eight lanes' vector: its codes and scale go to the staged row, and x
-// becomes what they stand for.
-template <KvElement kElement, int kPairs>
-__device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* sums,
-                            uint8_t* codes_out, uint8_t* scale_out) {
-  if constexpr (kElement == KvElement::kBf16) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      *reinterpret_cast<uint32_t*>(codes_out + 4 * (8 * i + quarter.lane)) =
-          ptx::PackBf16(x[i].x, x[i].y);
-    }
-  } else {
-    constexpr float kMaxCode = KvElementTraits<kElement>::kMaxCode;
-    uint32_t amax = 0;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      amax = max(amax,
-                 max(__float_as_uint(x[i].x) & 0x7fffffffu, __float_as_uint(x[i].y) & 0x7fffffffu));
-    }
-    uint16_t half = ScaleFor(MaxOfQuarter(amax, quarter), kMaxCode);
-    const bool finite = half != 0x7e00;
-    if constexpr (kElement == KvElement::kE4m3) {
-      const uint16_t better = BetterE4m3Scale(x, half, quarter, sums);
-      if (finite) half = better;
-    }
-    const float scale = FromHalf(half), inverse = __frcp_rn(scale);
-    if (quarter.lane == 0) *reinterpret_cast<uint16_t*>(scale_out) = half;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const float a = Divide(x[i].x, scale, inverse), b = Divide(x[i].y, scale, inverse);
-      uint16_t codes;
-      float2 value;
-      if constexpr (kElement == KvElement::kE4m3) {
-        codes = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-        value = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
-      } else {
-        const int ia = __float2int_rn(fminf(fmaxf(a, -127.0f), 127.0f));
-        const int ib = __float2int_rn(fminf(fmaxf(b, -127.0f), 127.0f));
-        codes = static_cast<uint16_t>((ia & 0xff) | (ib & 0xff) << 8);
-        value = make_float2(static_cast<float>(ia), static_cast<float>(ib));
-      }
-      *reinterpret_cast<uint16_t*>(codes_out + 2 * (8 * i + quarter.lane)) =
-          finite ? codes : uint16_t{0};
-      x[i] = finite ? make_float2(__fmul_rn(scale, value.x), __fmul_rn(scale, value.y))
-                    : make_float2(scale, scale);
-    }
-  }
-}
+// Store: four lanes a K or V of one token and head, a warp four such rows of
+// [tokens, heads]. Grid (1 + pieces of the longest band, batch); the
+// first block plans. All but the place of a survivor is done before the marks are there.
+// Shared memory: the partial sums, the flat rows on their way out, and the plan's counts.
 
 template <int kDim, KvElement kK, KvElement kV>
 __global__ void __launch_bounds__(kStoreThreads)
     StoreKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch, int positions) {
-  constexpr int kPairs = kDim / 16;
+  constexpr int kN = kDim / 16;
   constexpr int kKBytes = kDim * static_cast<int>(KvElementBytes(kK));
   constexpr int kVBytes = kDim * static_cast<int>(KvElementBytes(kV));
   constexpr int kScaleAt = kKBytes + kVBytes;
   constexpr int kTokenBytes =
       kScaleAt + static_cast<int>(KvScaleBytes(kK)) + static_cast<int>(KvScaleBytes(kV));
   static_assert(kTokenBytes % 4 == 0);
-  __shared__ alignas(16) float sums[kStoreWarps][4][32];
-  __shared__ alignas(16) uint8_t staged[kStoreWarps][2][kTokenBytes];
-  __shared__ int counts[kBuckets];
-  __shared__ int warp_sums[kStoreWarps];
+  union Shared {
+    struct {
+      alignas(16) float sums[kStoreWarps][8][32];
+      alignas(16) uint8_t staged[kStoreWarps][kItems][kTokenBytes];
+    } store;
+    struct {
+      int counts[kBuckets];
+      int warp_sums[kStoreWarps];
+    } plan;
+  };
+  __shared__ Shared shared;
   const DmsPrefillBatch& b = p.batch;
-  ptx::WaitForPredecessors();
+  ptx::LetDependentsStart();
   if (blockIdx.x == 0) {
-    if (blockIdx.y == 0) Plan<kStoreThreads>(b, scratch, positions, counts, warp_sums);
+    ptx::WaitForPredecessors();
+    if (blockIdx.y == 0)
+      Plan<kStoreThreads>(b, scratch, positions, shared.plan.counts, shared.plan.warp_sums);
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
   const int band = s.num_prefix + s.num_tokens;
-  const int first = 2 * (static_cast<int>(blockIdx.x - 1) * kStoreWarps + warp);
-  const int in_warp = lane / 16, is_v = lane / 8 % 2;
+  const int first = kItems * (static_cast<int>(blockIdx.x - 1) * kStoreWarps + warp);
+  const int in_warp = lane / 8, is_v = lane / 4 % 2;
   const int item = first + in_warp;  // of [band, num_kv_heads]
   const int i = item / b.num_kv_heads, head = item - i * b.num_kv_heads;
-  const Quarter quarter{.lane = lane % 8, .mask = 0xffu << (lane & ~7)};
-  uint8_t* row = staged[warp][in_warp];
+  const Four four{.lane = lane % 4, .mask = 0xfu << (lane & ~3)};
+  uint8_t* row = shared.store.staged[warp][in_warp];
+  const bool fresh = i < band && i >= s.num_prefix;
+  uint2 packed[kN];
+  const int64_t band_at = (int64_t{s.band_row + i} * b.num_kv_heads + head) * kDim + 4 * four.lane;
+  Bf16* band_out = (is_v ? b.band_v : b.band_k) + band_at;
   if (i < band) {
-    const int64_t band_at =
-        (int64_t{s.band_row + i} * b.num_kv_heads + head) * kDim + 2 * quarter.lane;
-    Bf16* band_out = (is_v ? b.band_v : b.band_k) + band_at;
-    const bool fresh = i >= s.num_prefix;
     const Bf16* in = fresh ? (is_v ? p.v : p.k) + (s.row + i - s.num_prefix) * p.kv_stride +
-                                 head * kDim + 2 * quarter.lane
+                                 head * kDim + 4 * four.lane
                            : band_out;
-    uint32_t packed[kPairs];
 #pragma unroll
-    for (int n = 0; n < kPairs; ++n) packed[n] = *reinterpret_cast<const uint32_t*>(in + 16 * n);
-    const int mark = scratch.marks[int64_t{head} * b.band_rows + s.band_row + i];
-    if (fresh) {
-      float2 x[kPairs];
+    for (int n = 0; n < kN; ++n) packed[n] = *reinterpret_cast<const uint2*>(in + 16 * n);
+  }
+  if (fresh) {
+    float4 x[kN];
+    uint32_t amax = 0;  // of the upper and of the lower halves
 #pragma unroll
-      for (int n = 0; n < kPairs; ++n) {
-        x[n] =
-            make_float2(__uint_as_float(packed[n] << 16), __uint_as_float(packed[n] & 0xffff0000u));
-      }
-      float* own_sums = sums[warp][lane / 8];
-      uint8_t* codes = is_v ? row + kKBytes : row;
-      uint8_t* scale = row + kScaleAt + (is_v ? static_cast<int>(KvScaleBytes(kK)) : 0);
-      if (kK == kV || !is_v) {  // one path for all lanes if the elements are of one kind
-        StoreVector<kK>(x, quarter, own_sums, codes, scale);
-      } else {
-        StoreVector<kV>(x, quarter, own_sums, codes, scale);
-      }
-#pragma unroll
-      for (int n = 0; n < kPairs; ++n) {
-        packed[n] = ptx::PackBf16(x[n].x, x[n].y);
-        *reinterpret_cast<uint32_t*>(band_out + 16 * n) = packed[n];
-      }
+    for (int n = 0; n < kN; ++n) {
+      amax = __vmaxu2(amax, __vmaxu2(packed[n].x & 0x7fff7fff, packed[n].y & 0x7fff7fff));
+      x[n] = make_float4(
+          __uint_as_float(packed[n].x << 16), __uint_as_float(packed[n].x & 0xffff0000u),
+          __uint_as_float(packed[n].y << 16), __uint_as_float(packed[n].y & 0xffff0000u));
     }
-    if ((mark & 1) != 0 && i < NumExpirable(band, b.window)) {
-      Bf16* out = (is_v ? b.compact_v : b.compact_k) +
-                  (int64_t{head} * b.compact_rows + s.compact_row + (mark >> 1)) * kDim +
-                  2 * quarter.lane;
+    amax = internal::MaxOfFour(max(amax & 0xffff0000u, amax << 16), four);
+    float* own_sums = shared.store.sums[warp][lane / 4];
+    uint8_t* codes = is_v ? row + kKBytes : row;
+    uint8_t* scale = row + kScaleAt + (is_v ? static_cast<int>(KvScaleBytes(kK)) : 0);
+    if (kK == kV || !is_v) {  // one path for all lanes if the elements are of one kind
+      StoreVector<kK>(x, amax, four, own_sums, codes, scale);
+    } else {
+      StoreVector<kV>(x, amax, four, own_sums, codes, scale);
+    }
 #pragma unroll
-      for (int n = 0; n < kPairs; ++n) *reinterpret_cast<uint32_t*>(out + 16 * n) = packed[n];
+    for (int n = 0; n < kN; ++n) {
+      packed[n] = make_uint2(ptx::PackBf16(x[n].x, x[n].y), ptx::PackBf16(x[n].z, x[n].w));
+      *reinterpret_cast<uint2*>(band_out + 16 * n) = packed[n];
     }
   }
-  if (p.rows == nullptr) return;
-  __syncwarp();
+  if (p.rows != nullptr) {
+    __syncwarp();
+    // The warp's rows of the chunk are side by side: [from, to) of its words.
+    constexpr int kWords = kTokenBytes / 4;
+    const int chunk_item = first - s.num_prefix * b.num_kv_heads;  // of [num_tokens, num_kv_heads]
+    const int from = kWords * max(0, min(kItems, -chunk_item));
+    const int to = kWords * max(0, min(kItems, s.num_tokens * b.num_kv_heads - chunk_item));
+    auto* out = reinterpret_cast<uint32_t*>(
+        p.rows + (int64_t{s.row} * b.num_kv_heads + chunk_item) * kTokenBytes);
+    const auto* staged = reinterpret_cast<const uint32_t*>(shared.store.staged[warp][0]);
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int out = first + n - s.num_prefix * b.num_kv_heads;  // of [num_tokens, num_kv_heads]
-    if (out < 0 || out >= s.num_tokens * b.num_kv_heads) continue;
-    auto* to =
-        reinterpret_cast<uint32_t*>(p.rows + (int64_t{s.row} * b.num_kv_heads + out) * kTokenBytes);
-    const auto* from = reinterpret_cast<const uint32_t*>(staged[warp][n]);
-    for (int word = lane; word < kTokenBytes / 4; word += 32) to[word] = from[word];
+    for (int word = lane; word < kItems * kWords; word += 32) {
+      if (word >= from && word < to) out[word] = staged[word];
+    }
   }
+  if (i >= NumExpirable(band, b.window)) return;
+  ptx::WaitForPredecessors();
+  const int mark = scratch.marks[int64_t{head} * b.band_rows + s.band_row + i];
+  if ((mark & 1) == 0) return;
+  Bf16* out = (is_v ? b.compact_v : b.compact_k) +
+              (int64_t{head} * b.compact_rows + s.compact_row + (mark >> 1)) * kDim + 4 * four.lane;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) *reinterpret_cast<uint2*>(out + 16 * n) = packed[n];
 }
 
 template <int kDim, KvElement kK, KvElement kV>
 absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                           StreamHandle stream) {
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
-  const dim3 grid(static_cast<unsigned>(1 + (items + 2 * kStoreWarps - 1) / (2 * kStoreWarps)),
+  constexpr int kBlockItems = kItems * kStoreWarps;
+  const dim3 grid(static_cast<unsigned>(1 + (items + kBlockItems - 1) / kBlockItems),
                   static_cast<unsigned>(p.batch.batch));
   return LaunchEarly(StoreKernel<kDim, kK, kV>, grid, kStoreThreads, 0, stream, p, scratch,
                      internal::TilePositions(kDim, p.batch.group));
@@ -403,6 +312,7 @@ __global__ void __launch_bounds__(kLayOutThreads)
     LayOutKernel(const DmsPrefillBatch b, const PrefillScratch scratch, int positions) {
   __shared__ int counts[kBuckets];
   __shared__ int warp_sums[kLayOutThreads / 32];
+  ptx::LetDependentsStart();
   ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
     if (blockIdx.y == 0 && blockIdx.z == 0)
@@ -465,9 +375,10 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
   const DmsPrefillBatch& b = params.batch;
   if (b.batch == 0) return absl::OkStatus();
   const PrefillScratch scratch = internal::ScratchOf(b);
-  const dim3 heads(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
-  MarkKernel<<<heads, kScanThreads, 0, stream>>>(params, scratch);
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  const int pieces = std::max(1, (b.max_band + kMarkTokens - 1) / kMarkTokens);
+  const dim3 grid(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch),
+                  static_cast<unsigned>(pieces));
+  WINNOW_RETURN_IF_ERROR(LaunchEarly(MarkKernel, grid, kMarkThreads, 0, stream, params, scratch));
   if (params.k == nullptr) {
     return b.head_dim == 64 ? EnqueueLayOut<64>(b, scratch, stream)
                             : EnqueueLayOut<128>(b, scratch, stream);

@@ -23,6 +23,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// 1 / x within one unit in the last place or so; normal x and result.
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // `lo` and `hi` rounded to BF16, lo in the lower half.
 __device__ __forceinline__ uint32_t PackBf16(float lo, float hi) {
   uint32_t packed;
@@ -50,6 +57,14 @@ __device__ __forceinline__ uint32_t PackE4m3(float a, float b, float c, float d)
 __device__ __forceinline__ void WaitForPredecessors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks be placed once every block of this one has come here or
+// ended, where LaunchEarly() enqueued it. They still wait for this one's results.
+__device__ __forceinline__ void LetDependentsStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -105,6 +120,11 @@ __device__ __forceinline__ void NamedArrive(int id, int threads) {
 }
 
 // --- the copy engine ---
+
+// Brings a map near, before its first use.
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 
 // Copies the map's box at the coordinates (fastest first) into shared memory;
 // the bytes complete on `barrier`. Coordinates outside the tensor give zeros.
@@ -197,10 +217,12 @@ __device__ __forceinline__ void Pin(float (&x)[kN]) {
 // boxes 64 wide are copied. The start must lie in a 1024-byte pattern's first row.
 // K-major operands (rows are M or N): `leading_bytes` is unused, 8 rows are 1024 bytes.
 // N-major ones (rows are K): `leading_bytes` from one 64 columns to the next.
+// Starts further on by a multiple of 16 bytes are that sixteenth more. The high word is
+// the same for all.
+inline constexpr uint32_t kSwizzledMatrixHigh = 1024 >> 4 | 1 << 30;
 __device__ __forceinline__ uint64_t SwizzledMatrix(const void* start, uint32_t leading_bytes) {
-  const uint64_t address = (SharedAddress(start) & 0x3ffff) >> 4;
-  return address | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62;
+  const uint32_t address = (SharedAddress(start) & 0x3ffff) >> 4;
+  return uint64_t{kSwizzledMatrixHigh} << 32 | leading_bytes >> 4 << 16 | address;
 }
 
 // Descriptor of a K-major matrix in shared memory in blocks of 8 rows of 16 bytes, 128
@@ -237,22 +259,24 @@ __device__ __forceinline__ void WgmmaSs128(float (&d)[64], uint64_t a, uint64_t 
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// d[64, N] += a[64, 16] (registers) * b[16, N], b N-major.
-__device__ __forceinline__ void WgmmaRs(float (&d)[64], const uint32_t* a, uint64_t b) {
+// d[64, N] (+)= a[64, 16] (registers) * b[16, N], b N-major.
+__device__ __forceinline__ void WgmmaRs(float (&d)[64], const uint32_t* a, uint64_t b,
+                                        int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WINNOW_D64
       "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
       : WINNOW_F32(d, 0), WINNOW_F32(d, 32)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
-__device__ __forceinline__ void WgmmaRs(float (&d)[32], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void WgmmaRs(float (&d)[32], const uint32_t* a, uint64_t b,
+                                        int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WINNOW_D32
       "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
       : WINNOW_F32(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
 // d[64, 64] (+)= a[64, 32] * b[64, 32]^T of e4m3, all from shared memory, both K-major.

@@ -1,368 +1,160 @@
 // LaunchDmsPrefillCompact and LaunchDmsPrefillAttention against their CPU twins,
-// StoreRow() and DmsPrefillAttentionCpu().
-#include <cuda_runtime.h>
+// StoreRow() and DmsPrefillAttentionCpu(), and against a count of the keys seen.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/dms_prefill.h"
-#include "kernels/dms_prefill_attention.h"
 #include "tests/kernels/device_memory.h"
+#include "tests/kernels/dms_prefill_case.h"
 
 namespace winnow::kernels {
 namespace {
 
-struct Sequence {
-  int prefix, chunk;
-};
-
-struct PrefillCase {
-  std::string name;
-  std::vector<Sequence> sequences;
-  int head_dim = 128, kv_heads = 2, group = 4, window = 256, shift = 1;
-  double evict_rate = 0.875;  // of KV head 0; later heads evict a little less
-  KvFormatId format = KvFormatId::kFp8;
-  friend void PrintTo(const PrefillCase& c, std::ostream* os) { *os << c.name; }
-};
-
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t n, int fill = 0xff) : n_(n) {  // 0xffff is a BF16 NaN
-    EXPECT_EQ(cudaMalloc(&data_, bytes() + kGuard), cudaSuccess);
-    EXPECT_EQ(cudaMemset(data_, fill, bytes() + kGuard), cudaSuccess);
-  }
-  explicit DeviceArray(const std::vector<T>& x) : DeviceArray(x.size()) {
-    EXPECT_EQ(cudaMemcpy(data_, x.data(), bytes(), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-  void Put(size_t at, const T* x, size_t n) {
-    EXPECT_EQ(cudaMemcpy(get() + at, x, n * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  std::vector<T> Get() const {
-    std::vector<T> x(n_);
-    EXPECT_EQ(cudaMemcpy(x.data(), data_, bytes(), cudaMemcpyDeviceToHost), cudaSuccess);
-    std::vector<uint8_t> guard(kGuard);
-    EXPECT_EQ(cudaMemcpy(guard.data(), static_cast<uint8_t*>(data_) + bytes(), kGuard,
-                         cudaMemcpyDeviceToHost),
-              cudaSuccess);
-    EXPECT_TRUE(std::all_of(guard.begin(), guard.end(), [](uint8_t b) { return b == 0xff; }));
-    return x;
-  }
-
- private:
-  static constexpr size_t kGuard = 64;
-  size_t bytes() const { return n_ * sizeof(T); }
-  size_t n_;
-  void* data_ = nullptr;
-};
-
-// All tokens of a sequence, prefix first.
-struct SequenceInputs {
-  std::vector<Bf16> q, k, v;       // [tokens, heads, head_dim]
-  std::vector<uint8_t> decisions;  // [tokens, kv_heads]
-  // Of StoreRow(): flat rows, and what they hold, rounded to BF16.
-  std::vector<uint8_t> rows;
-  std::vector<Bf16> stored_k, stored_v;
-};
-
-constexpr size_t Size(int n) { return static_cast<size_t>(n); }
-
-SequenceInputs MakeInputs(const PrefillCase& c, int tokens, uint32_t seed) {
-  std::mt19937 rng(seed);
-  std::normal_distribution<float> normal;
-  std::uniform_real_distribution<double> uniform;
-  const auto fill = [&](int heads, float sigma) {
-    std::vector<Bf16> x(Size(tokens) * Size(heads) * Size(c.head_dim));
-    for (Bf16& value : x) value = ToBf16(sigma * normal(rng));
-    return x;
-  };
-  SequenceInputs in;
-  in.q = fill(c.kv_heads * c.group, 1.5f);
-  in.k = fill(c.kv_heads, 1.0f);
-  in.v = fill(c.kv_heads, 1.0f);
-  const size_t vectors = Size(tokens) * Size(c.kv_heads), dim = Size(c.head_dim);
-  // Signed zeros, ties, the smallest and rows of zeros must be stored alike too.
-  for (size_t i = 0; i < vectors; i += 7) {
-    in.k[i * dim] = Bf16{0x8000};
-    in.k[i * dim + 1] = Bf16{0x0001};
-    for (size_t d = 2; d < dim; ++d) in.k[i * dim + d].bits &= 0xffe0;
-    if (i % 5 == 0) std::fill_n(in.v.begin() + static_cast<int64_t>(i * dim), dim, Bf16{0});
-  }
-  in.decisions.resize(vectors);
-  for (size_t i = 0; i < vectors; ++i) {
-    const double rate = c.evict_rate <= 0.0 || c.evict_rate >= 1.0
-                            ? c.evict_rate
-                            : c.evict_rate - 0.05 * static_cast<double>(i % Size(c.kv_heads));
-    in.decisions[i] = uniform(rng) < rate ? 1 : 0;
-  }
-  const size_t row_bytes = TokenBytes(c.format, c.head_dim);
-  in.rows.resize(vectors * row_bytes);
-  in.stored_k.resize(vectors * dim);
-  in.stored_v.resize(vectors * dim);
-  std::vector<float> k(dim), v(dim);
-  for (size_t i = 0; i < vectors; ++i) {
-    for (size_t d = 0; d < dim; ++d) {
-      k[d] = ToFloat(in.k[i * dim + d]);
-      v[d] = ToFloat(in.v[i * dim + d]);
-    }
-    uint8_t* row = &in.rows[i * row_bytes];
-    StoreRow(c.format, c.head_dim, k.data(), v.data(), row);
-    const TokenRef token = RowToken(c.format, c.head_dim, row);
-    LoadK(c.format, c.head_dim, token, k.data());
-    LoadV(c.format, c.head_dim, token, v.data());
-    for (size_t d = 0; d < dim; ++d) {
-      in.stored_k[i * dim + d] = ToBf16(k[d]);
-      in.stored_v[i * dim + d] = ToBf16(v[d]);
-    }
-  }
-  return in;
-}
-
-// The CPU twin over the same BF16 keys and values: all of a sequence as one chunk.
-std::vector<float> CpuAttention(const PrefillCase& c, const SequenceInputs& in, int tokens,
-                                float scale) {
-  const size_t dim = Size(c.head_dim), vectors = Size(tokens) * Size(c.kv_heads);
-  std::vector<uint8_t> rows(vectors * dim * 4);
-  for (size_t i = 0; i < vectors; ++i) {
-    std::memcpy(&rows[i * dim * 4], &in.stored_k[i * dim], dim * 2);
-    std::memcpy(&rows[i * dim * 4 + dim * 2], &in.stored_v[i * dim], dim * 2);
-  }
-  std::vector<float> q(in.q.size()), out(in.q.size());
-  std::transform(in.q.begin(), in.q.end(), q.begin(), [](Bf16 x) { return ToFloat(x); });
-  const std::vector<Span> spans(Size(c.kv_heads));
-  const int heads = c.kv_heads * c.group;
-  ThreadScratch scratch(1, AttentionScratchBytes(heads, c.kv_heads, c.head_dim, tokens));
-  const absl::Status status = DmsPrefillAttentionCpu(
-      {.layout = {.format = KvFormatId::kBf16,
-                  .head_dim = c.head_dim,
-                  .window = c.window,
-                  .shift = c.shift,
-                  .slots_per_page = SlotsPerPage(KvFormatId::kBf16, c.head_dim)},
-       .spans = spans.data(),
-       .q = q.data(),
-       .rows = rows.data(),
-       .decisions = in.decisions.data(),
-       .out_f32 = out.data(),
-       .num_tokens = tokens,
-       .num_heads = heads,
-       .num_kv_heads = c.kv_heads,
-       .scale = scale,
-       .scratch = &scratch},
-      nullptr);
-  EXPECT_TRUE(status.ok()) << status;
-  return out;
-}
-
-struct DeviceResult {
-  std::vector<std::vector<Bf16>> out, band_k, band_v;  // of each sequence's chunk
-  std::vector<std::vector<uint8_t>> rows;
-};
-
-// Both ops over a batch of these sequences, with rows of nobody between them.
-DeviceResult RunOnDevice(const PrefillCase& c, const std::vector<Sequence>& sequences,
-                         const std::vector<const SequenceInputs*>& inputs, float scale,
-                         bool portable) {
-  constexpr int kGap = 3, kBandGap = 8;
-  const size_t dim = Size(c.head_dim), kv = Size(c.kv_heads) * dim, heads = Size(c.group) * kv;
-  std::vector<DmsPrefillSequence> places;
-  int rows = 0, band = 0, compact = 0, max_band = 0;
-  for (const Sequence& s : sequences) {
-    const int prefix = std::min(s.prefix, c.window);
-    places.push_back({rows, s.chunk, band, prefix, compact});
-    rows += s.chunk + kGap;
-    band += prefix + s.chunk + kBandGap;
-    compact += s.prefix + s.chunk + 8;
-    max_band = std::max(max_band, prefix + s.chunk);
-  }
-  const size_t row_bytes = TokenBytes(c.format, c.head_dim);
-  DeviceArray<Bf16> q(Size(rows) * heads), k(Size(rows) * kv), v(Size(rows) * kv);
-  DeviceArray<Bf16> out(Size(rows) * heads), band_k(Size(band) * kv), band_v(Size(band) * kv);
-  DeviceArray<Bf16> compact_k(Size(compact) * kv), compact_v(Size(compact) * kv);
-  DeviceArray<uint8_t> decisions(Size(rows) * Size(c.kv_heads));
-  DeviceArray<uint8_t> prefix_evict(Size(band) * Size(c.kv_heads));
-  DeviceArray<uint8_t> flat(Size(rows) * Size(c.kv_heads) * row_bytes);
-  std::vector<int32_t> num_survivors;
-  for (size_t n = 0; n < sequences.size(); ++n) {
-    const SequenceInputs& in = *inputs[n];
-    const DmsPrefillSequence& at = places[n];
-    const size_t chunk = Size(at.num_tokens), prefix = Size(sequences[n].prefix);
-    const size_t band_start = prefix - Size(at.num_prefix);
-    q.Put(Size(at.row) * heads, &in.q[prefix * heads], chunk * heads);
-    k.Put(Size(at.row) * kv, &in.k[prefix * kv], chunk * kv);
-    v.Put(Size(at.row) * kv, &in.v[prefix * kv], chunk * kv);
-    decisions.Put(Size(at.row * c.kv_heads), &in.decisions[prefix * Size(c.kv_heads)],
-                  chunk * Size(c.kv_heads));
-    band_k.Put(Size(at.band_row) * kv, &in.stored_k[band_start * kv], Size(at.num_prefix) * kv);
-    band_v.Put(Size(at.band_row) * kv, &in.stored_v[band_start * kv], Size(at.num_prefix) * kv);
-    const auto evicted = [&](size_t t, size_t g) {
-      return in.decisions[(t + Size(c.shift)) * Size(c.kv_heads) + g];
-    };
-    for (size_t g = 0; g < Size(c.kv_heads); ++g) {
-      for (size_t i = 0; i < Size(at.num_prefix); ++i) {
-        // With shift 1 the newest prefix token's bit comes with the chunk: poison here.
-        const uint8_t bit = c.shift == 1 && i + 1 == Size(at.num_prefix)
-                                ? 1 - evicted(band_start + i, g)
-                                : evicted(band_start + i, g);
-        prefix_evict.Put((Size(at.band_row) + i) * Size(c.kv_heads) + g, &bit, 1);
-      }
-      int count = 0;
-      for (size_t t = 0; t < band_start; ++t) {
-        if (evicted(t, g)) continue;
-        const size_t to = (g * Size(compact) + Size(at.compact_row + count++)) * dim;
-        compact_k.Put(to, &in.stored_k[t * kv + g * dim], dim);
-        compact_v.Put(to, &in.stored_v[t * kv + g * dim], dim);
-      }
-      num_survivors.push_back(count);
-    }
-  }
-  const DeviceArray<int32_t> survivors(num_survivors);
-  const DeviceArray<DmsPrefillSequence> device_places(places);
-  DmsPrefillBatch batch{.sequences = device_places.get(),
-                        .num_survivors = survivors.get(),
-                        .band_k = band_k.get(),
-                        .band_v = band_v.get(),
-                        .compact_k = compact_k.get(),
-                        .compact_v = compact_v.get(),
-                        .batch = static_cast<int>(sequences.size()),
-                        .num_kv_heads = c.kv_heads,
-                        .group = c.group,
-                        .head_dim = c.head_dim,
-                        .window = c.window,
-                        .shift = c.shift,
-                        .num_rows = rows,
-                        .band_rows = band,
-                        .compact_rows = compact,
-                        .max_band = max_band};
-  const DeviceArray<uint8_t> scratch(DmsPrefillScratchBytes(batch));
-  batch.scratch = scratch.get();
-  absl::Status status = LaunchDmsPrefillCompact({.batch = batch,
-                                                 .format = c.format,
-                                                 .k = k.get(),
-                                                 .v = v.get(),
-                                                 .kv_stride = static_cast<int64_t>(kv),
-                                                 .decisions = decisions.get(),
-                                                 .prefix_evict = prefix_evict.get(),
-                                                 .rows = flat.get()},
-                                                nullptr);
-  EXPECT_TRUE(status.ok()) << status;
-  status = LaunchDmsPrefillAttention({.batch = batch,
-                                      .q = q.get(),
-                                      .q_stride = static_cast<int64_t>(heads),
-                                      .out = out.get(),
-                                      .scale = scale,
-                                      .portable = portable},
-                                     nullptr);
-  EXPECT_TRUE(status.ok()) << status;
-  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess) << cudaGetErrorString(cudaGetLastError());
-
-  const std::vector<Bf16> all_out = out.Get(), all_k = band_k.Get(), all_v = band_v.Get();
-  const std::vector<uint8_t> all_rows = flat.Get();
-  scratch.Get();
-  compact_k.Get();
-  compact_v.Get();
-  DeviceResult result;
-  const auto cut = [](const auto& x, size_t at, size_t n) {
-    return std::decay_t<decltype(x)>(x.begin() + static_cast<int64_t>(at),
-                                     x.begin() + static_cast<int64_t>(at + n));
-  };
-  for (const DmsPrefillSequence& at : places) {
-    const size_t chunk = Size(at.num_tokens), row = Size(at.row);
-    const size_t band_row = Size(at.band_row + at.num_prefix);
-    result.out.push_back(cut(all_out, row * heads, chunk * heads));
-    result.band_k.push_back(cut(all_k, band_row * kv, chunk * kv));
-    result.band_v.push_back(cut(all_v, band_row * kv, chunk * kv));
-    result.rows.push_back(
-        cut(all_rows, row * Size(c.kv_heads) * row_bytes, chunk * Size(c.kv_heads) * row_bytes));
-    for (const Bf16 x : cut(all_out, (row + chunk) * heads, Size(kGap) * heads)) {
-      EXPECT_EQ(x.bits, 0xffff) << "a row of nobody was written";
-    }
-  }
-  return result;
-}
-
 class DmsPrefillGpu : public testing::TestWithParam<PrefillCase> {
  protected:
   void SetUp() override { RequireGpu(); }
+  static float Scale() { return 1.0f / std::sqrt(static_cast<float>(GetParam().head_dim)); }
 };
 
-float Largest(const std::vector<Bf16>& x) {
-  float largest = 0.0f;
-  for (const Bf16 value : x) largest = std::max(largest, std::fabs(ToFloat(value)));
-  return largest;
+float Length(const Bf16* x, size_t dim) {
+  float sum = 0.0f;
+  for (size_t d = 0; d < dim; ++d) sum += ToFloat(x[d]) * ToFloat(x[d]);
+  return std::sqrt(sum);
 }
 
-float LongestVector(const std::vector<Bf16>& x, size_t dim) {
+template <typename T>
+std::vector<T> Tail(const std::vector<T>& x, size_t count) {
+  return {x.end() - static_cast<int64_t>(count), x.end()};
+}
+
+// Both read the same BF16 values. Relative to A = sum of p |v|, what the weights carry,
+// they differ by: weights rounded to BF16, 2^-8; a score's float32 sum of dim products on
+// either side, dim * 2^-23 * scale * |q| |k|, which moves a quotient of weighted sums by
+// twice that; sums of `tokens` weights and products in float32, and 2^x. The output is
+// rounded to BF16, 2^-8 of itself.
+void ExpectNear(const PrefillCase& c, const PrefillInputs& in, const std::vector<Bf16>& got,
+                float scale) {
+  const size_t dim = Size(c.head_dim), heads = Size(c.kv_heads * c.group);
+  const size_t tokens = in.q.size() / dim / heads;
+  std::vector<Bf16> magnitude = in.stored_v;
+  for (Bf16& x : magnitude) x.bits &= 0x7fff;
+  const std::vector<float> want = Tail(CpuPrefill(c, in, in.stored_v, scale), got.size());
+  const std::vector<float> carried = Tail(CpuPrefill(c, in, magnitude, scale), got.size());
+  const std::vector<Bf16> q = Tail(in.q, got.size());
   float longest = 0.0f;
-  for (size_t i = 0; i < x.size(); i += dim) {
-    float sum = 0.0f;
-    for (size_t d = 0; d < dim; ++d) sum += ToFloat(x[i + d]) * ToFloat(x[i + d]);
-    longest = std::max(longest, std::sqrt(sum));
+  for (size_t i = 0; i < in.stored_k.size(); i += dim) {
+    longest = std::max(longest, Length(&in.stored_k[i], dim));
   }
-  return longest;
+  int wrong = 0;
+  float worst = 0.0f;  // of the bound
+  for (size_t row = 0; row < want.size(); row += dim) {
+    const float score = static_cast<float>(dim) * 0x1p-23f * scale * Length(&q[row], dim) * longest;
+    const float relative =
+        0x1p-8f + 2.0f * score + static_cast<float>(tokens) * 0x1p-22f + 0x1p-20f;
+    for (size_t i = row; i < row + dim; ++i) {
+      const float bound = relative * carried[i] + 0x1p-8f * std::fabs(want[i]);
+      const float error = std::fabs(ToFloat(got[i]) - want[i]);
+      if (!(error <= bound) && wrong++ < 3) {  // true for NaN
+        ADD_FAILURE() << "token " << i / dim / heads << " head " << i / dim % heads << " dim "
+                      << i % dim << ": " << ToFloat(got[i]) << ", not " << want[i] << ", bound "
+                      << bound;
+      }
+      if (bound > 0.0f) worst = std::max(worst, error / bound);
+    }
+  }
+  EXPECT_EQ(wrong, 0) << "of " << want.size() << ", worst " << worst << " of its bound";
 }
 
 TEST_P(DmsPrefillGpu, EqualsTheCpu) {
   const PrefillCase& c = GetParam();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
-  std::vector<SequenceInputs> inputs;
-  for (const Sequence& s : c.sequences) {
-    inputs.push_back(MakeInputs(c, s.prefix + s.chunk, static_cast<uint32_t>(inputs.size() + 1)));
+  std::vector<PrefillInputs> inputs;
+  for (const PrefillSequence& s : c.sequences) {
+    inputs.push_back(
+        MakePrefillInputs(c, s.prefix + s.chunk, static_cast<uint32_t>(inputs.size() + 1)));
   }
-  std::vector<const SequenceInputs*> all;
-  for (const SequenceInputs& in : inputs) all.push_back(&in);
+  std::vector<const PrefillInputs*> all;
+  for (const PrefillInputs& in : inputs) all.push_back(&in);
   for (const bool portable : {true, false}) {
     SCOPED_TRACE(portable ? "portable" : "best");
-    const DeviceResult got = RunOnDevice(c, c.sequences, all, scale, portable);
+    const DevicePrefill got = RunPrefill(c, c.sequences, all, Scale(), portable);
     for (size_t n = 0; n < inputs.size(); ++n) {
       SCOPED_TRACE("sequence " + std::to_string(n));
-      const SequenceInputs& in = inputs[n];
-      const int tokens = c.sequences[n].prefix + c.sequences[n].chunk;
-      const auto tail = [](const auto& x, size_t count) {
-        return std::decay_t<decltype(x)>(x.end() - static_cast<int64_t>(count), x.end());
-      };
-      EXPECT_TRUE(got.rows[n] == tail(in.rows, got.rows[n].size())) << "flat rows";
-      EXPECT_TRUE(got.band_k[n] == tail(in.stored_k, got.band_k[n].size())) << "rounded keys";
-      EXPECT_TRUE(got.band_v[n] == tail(in.stored_v, got.band_v[n].size())) << "rounded values";
-
-      // Both read the same BF16 values, so what differs is: weights rounded to BF16,
-      // 2^-9 each and so 2^-9 of the largest value; the output's rounding, 2^-9 of it;
-      // float32 sums of dim products (a score moves by dim 2^-23 of the norms' product,
-      // an output by twice that of the largest value) and of `tokens` weights.
-      const size_t dim = Size(c.head_dim);
-      const float v = Largest(in.stored_v);
-      const float score_error = static_cast<float>(dim) * 0x1p-23f * scale *
-                                LongestVector(in.q, dim) * LongestVector(in.stored_k, dim);
-      const float base = v * (0x1p-9f + 2.0f * score_error + static_cast<float>(tokens) * 0x1p-23f);
-      const std::vector<float> want = tail(CpuAttention(c, in, tokens, scale), got.out[n].size());
-      int wrong = 0;
-      float worst = 0.0f;
-      for (size_t i = 0; i < want.size(); ++i) {
-        const float error = std::fabs(ToFloat(got.out[n][i]) - want[i]);
-        const bool good = error <= base + 0x1p-9f * std::fabs(want[i]);  // false for NaN
-        if (!good && wrong++ < 3) {
-          const size_t heads = Size(c.kv_heads * c.group);
-          ADD_FAILURE() << "token " << i / dim / heads << " head " << i / dim % heads << " dim "
-                        << i % dim << ": " << ToFloat(got.out[n][i]) << ", not " << want[i];
-        }
-        worst = std::max(worst, error);
-      }
-      EXPECT_EQ(wrong, 0) << "of " << want.size() << ", worst error " << worst << ", bound "
-                          << base;
-
+      const PrefillInputs& in = inputs[n];
+      EXPECT_TRUE(got.rows[n] == Tail(in.rows, got.rows[n].size())) << "flat rows";
+      EXPECT_TRUE(got.band_k[n] == Tail(in.stored_k, got.band_k[n].size())) << "rounded keys";
+      EXPECT_TRUE(got.band_v[n] == Tail(in.stored_v, got.band_v[n].size())) << "rounded values";
+      ExpectNear(c, in, got.out[n], Scale());
       // Alone, and so again: the same bits.
-      const DeviceResult alone = RunOnDevice(c, {c.sequences[n]}, {&in}, scale, portable);
+      const DevicePrefill alone = RunPrefill(c, {c.sequences[n]}, {&in}, Scale(), portable);
       EXPECT_TRUE(alone.out[0] == got.out[n]) << "depends on its batch mates, or on chance";
     }
+  }
+}
+
+// Keys that are all alike weigh alike, and a value that is 1, 2 or 4 in one dim, else 0,
+// says by the output whether its key was counted: once, if it is seen.
+TEST_P(DmsPrefillGpu, CountsEachKeySeenOnce) {
+  PrefillCase c = GetParam();
+  c.format = KvFormatId::kBf16;
+  const size_t dim = Size(c.head_dim), kv = Size(c.kv_heads), group = Size(c.group);
+  const auto value = [](size_t t) { return 1u << (t * 2654435761u >> 13) % 3; };
+  std::vector<PrefillInputs> inputs;
+  for (const PrefillSequence& s : c.sequences) {
+    PrefillInputs in =
+        MakePrefillInputs(c, s.prefix + s.chunk, static_cast<uint32_t>(inputs.size() + 1));
+    for (size_t i = 0; i < in.k.size(); ++i) in.k[i] = in.k[dim + i % dim];
+    std::fill(in.v.begin(), in.v.end(), Bf16{0});
+    for (size_t i = 0; i < in.v.size() / dim; ++i) {
+      in.v[i * dim + i / kv % dim] = ToBf16(static_cast<float>(value(i / kv)));
+    }
+    // Every other query is 0: then a row of zeros weighs as much as a key.
+    for (size_t i = 0; i < in.q.size(); ++i) {
+      if (i / (dim * kv * group) % 2 == 0) in.q[i] = Bf16{0};
+    }
+    StorePrefillInputs(c, &in);
+    inputs.push_back(std::move(in));
+  }
+  std::vector<const PrefillInputs*> all;
+  for (const PrefillInputs& in : inputs) all.push_back(&in);
+  for (const bool portable : {true, false}) {
+    SCOPED_TRACE(portable ? "portable" : "best");
+    const DevicePrefill got = RunPrefill(c, c.sequences, all, Scale(), portable);
+    int wrong = 0;
+    for (size_t n = 0; n < inputs.size(); ++n) {
+      const size_t prefix = Size(c.sequences[n].prefix);
+      const size_t tokens = prefix + Size(c.sequences[n].chunk);
+      for (size_t i = prefix; i < tokens; ++i) {
+        for (size_t g = 0; g < kv; ++g) {
+          std::vector<uint32_t> sums(dim);
+          uint32_t count = 0;
+          for (size_t j = 0; j <= i; ++j) {
+            const size_t own = j + Size(c.shift);
+            const bool kept = own >= tokens || inputs[n].decisions[own * kv + g] == 0;
+            if (i - j > Size(c.window) && !kept) continue;
+            sums[j % dim] += value(j);
+            ++count;
+          }
+          for (size_t h = 0; h < group; ++h) {
+            const Bf16* row = &got.out[n][(((i - prefix) * kv + g) * group + h) * dim];
+            for (size_t d = 0; d < dim; ++d) {
+              // The weights round to 1, so all that is lost is the output's 2^-8.
+              ASSERT_LT(sums[d], 100u);
+              const float sum = ToFloat(row[d]) * static_cast<float>(count);
+              if (!(std::fabs(sum - static_cast<float>(sums[d])) < 0.45f) && wrong++ < 3) {
+                ADD_FAILURE() << "sequence " << n << " token " << i << " KV head " << g << " head "
+                              << h << " dim " << d << ": " << sum << ", not " << sums[d];
+              }
+            }
+          }
+        }
+      }
+    }
+    EXPECT_EQ(wrong, 0);
   }
 }
 
@@ -487,6 +279,21 @@ const PrefillCase kCases[] = {
      .shift = 0,
      .evict_rate = 0.6},
     {.name = "prefix_one_token", .sequences = {{1000, 1}}, .window = 256},
+    {.name = "sink", .sequences = {{0, 900}, {300, 200}}, .evict_rate = 0.5, .sink = 60.0f},
+    {.name = "sink_d64",
+     .sequences = {{0, 900}},
+     .head_dim = 64,
+     .group = 3,
+     .window = 64,
+     .evict_rate = 0.5,
+     .sink = 60.0f},
+    {.name = "sink_in_the_band",
+     .sequences = {{0, 500}},
+     .head_dim = 64,
+     .group = 2,
+     .window = 1024,
+     .evict_rate = 0.5,
+     .sink = 60.0f},
 };
 
 INSTANTIATE_TEST_SUITE_P(All, DmsPrefillGpu, testing::ValuesIn(kCases),

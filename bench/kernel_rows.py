@@ -5,6 +5,7 @@ A bench's row has `case`, `ours_us` and either `limit_us` or the work that must 
 measurement of ours stands against several peers, `ours_case`. A joined row has `ratio`, the number
 that the case's bar is about: the peer's time by ours, unless OWN_PEERS or RATIO_FIELDS names it.
 """
+import json
 import re
 
 # How `ratio` must compare, the cases, and for each of them the bar and the goal ("-": none).
@@ -82,15 +83,16 @@ def sort_lines(lines):
     """What a run printed, as rows of ours and of peers, one a case, ceilings, and failures."""
     ours, peers, ceilings, failed = [], [], {}, []
     for line in lines:
-        ceilings.update(line.get("ceilings", {}))
-        if line.get("case") == "read_stream":
-            ceilings["read_gbps"] = line["gbs"]
-        if "failed" in line:
-            failed.append(line["failed"])
-        elif "ours_us" in line:
+        if "ours_us" in line:
             ours.append(line)
         elif "peer_us" in line:
             peers.append(line)
+        elif "ceilings" in line:
+            ceilings.update(line["ceilings"])
+        elif line.get("case") == "read_stream":
+            ceilings["read_gbps"] = line["gbs"]
+        elif "head" not in line:
+            failed.append(line.get("failed") or json.dumps(line))
     return middle(ours, "ours_us"), middle(peers, "peer_us"), ceilings, failed
 
 

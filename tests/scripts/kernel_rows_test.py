@@ -83,8 +83,8 @@ class JoinTest(unittest.TestCase):
     def test_lines_are_told_apart(self):
         own, peers, ceilings, failed = kernel_rows.sort_lines(
             [{"ceilings": {"gemm_tflops": 1.0}}, {"case": "read_stream", "gbs": 3000.0},
-             ours("a", 1.0), peer("a", 2.0), {"failed": "mo: no"}])
-        self.assertEqual((len(own), len(peers), failed), (1, 1, ["mo: no"]))
+             ours("a", 1.0), peer("a", 2.0), {"failed": "mo: no"}, {"head": {}}, {"odd": 1}])
+        self.assertEqual((len(own), len(peers), failed), (1, 1, ["mo: no", '{"odd": 1}']))
         self.assertEqual(ceilings, {"gemm_tflops": 1.0, "read_gbps": 3000.0})
 
     def test_the_median_round_stands(self):

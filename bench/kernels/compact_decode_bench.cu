@@ -506,8 +506,6 @@ int Main(int argc, char** argv) {
         "\"without_overlap_us\": %.2f, \"plan_us\": %.2f, \"plan_share\": %.4f, \"layers\": %d",
         c.name.c_str(), us, limit, 100.0 * limit / us, r.us, r.plan_us, r.plan_us / us / c.layers,
         c.layers);
-    // The number that the issue's table asks for, where no peer gives it.
-    if (c.name.rfind("decode_bw", 0) == 0) std::printf(", \"ratio\": %.3f", limit / us);
     if (c.name == "decode_balanced") balanced_us = us;
     if (c.name == "decode_imbalance" && balanced_us > 0) {
       std::printf(", \"ratio\": %.3f", us / balanced_us);

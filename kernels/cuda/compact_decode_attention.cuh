@@ -9,6 +9,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/compact_decode_merge.cuh"
 #include "kernels/cuda/compact_decode_producer.cuh"
+#include "kernels/cuda/launch.cuh"
 
 // The kernel of compact_decode_attention; one file an instantiation includes this.
 //
@@ -167,7 +168,8 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = launch.overlap ? 1 : 0;
+  config.numAttrs =
+      launch.overlap && CanWaitForPredecessors(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, launch.map, args));
 }
 

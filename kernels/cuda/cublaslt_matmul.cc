@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,13 @@
 
 namespace winnow::kernels {
 namespace {
+
+// The largest power of two up to 256 that divides all the addresses.
+uint32_t CommonAlignment(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 256;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return static_cast<uint32_t>(bits & (~bits + 1));
+}
 
 bool Aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
@@ -130,6 +138,14 @@ absl::StatusOr<std::unique_ptr<CublasLt::Plan>> CublasLt::MakePlan(const Key& ke
       cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                            &key.workspace_bytes, sizeof(key.workspace_bytes)),
       "preference"));
+  for (const auto field :
+       {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+    WINNOW_RETURN_IF_ERROR(
+        CublasStatus(cublasLtMatmulPreferenceSetAttribute(preference, field, &key.alignment,
+                                                          sizeof(key.alignment)),
+                     "preference"));
+  }
   cublasLtMatmulHeuristicResult_t result{};
   int found = 0;
   const cublasStatus_t status =
@@ -158,7 +174,8 @@ absl::Status CublasLt::Launch(const MatmulParams& p, StreamHandle stream) {
                 .type = p.type,
                 .scales = p.scales,
                 .bf16_out = p.out_bf16 != nullptr,
-                .accumulate = p.accumulate};
+                .accumulate = p.accumulate,
+                .alignment = CommonAlignment({p.x, p.w, p.out_f32, p.out_bf16})};
   auto at = plans_.find(key);
   if (at == plans_.end()) {
     WINNOW_ASSIGN_OR_RETURN(std::unique_ptr<Plan> plan, MakePlan(key));

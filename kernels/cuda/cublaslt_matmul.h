@@ -14,7 +14,8 @@
 struct cublasLtContext;  // what cublasLtHandle_t points to
 
 // Products by cuBLASLt, weights in the orientation of gemm.h:
-//   out[i, j] (+)= sx[i] * sw[j] * sum_k x[i, k] * w[j, k], summed in float
+//   out[i, j] (+)= sx[i] * sw[j] * sum_k x[i, k] * w[j, k]
+// summed in float; by e4m3 the tensor cores keep some 14 bits of a partial sum.
 // The order of the sum is cuBLASLt's and depends on m: a row's bits are the same for the same m
 // and shape, not across them.
 namespace winnow::kernels {
@@ -73,6 +74,7 @@ class CublasLt {
     MatmulType type;
     MatmulScales scales;
     bool bf16_out, accumulate;
+    uint32_t alignment;  // bytes, a power of two: of x, w and out, what all have, up to 256
     auto operator<=>(const Key&) const = default;
   };
   struct Plan;

@@ -365,7 +365,7 @@ absl::Status ValidateDmsPrepare(const DmsPrepareParams& p) {
 
 absl::Status LaunchDmsPrepare(const DmsPrepareParams& params, StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrepare(params));
-  if (params.batch.batch == 0) return absl::OkStatus();
+  if (params.batch.batch == 0 || params.batch.max_band == 0) return absl::OkStatus();
   return params.batch.head_dim == 64 ? Enqueue<64>(params, stream) : Enqueue<128>(params, stream);
 }
 

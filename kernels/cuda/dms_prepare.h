@@ -12,9 +12,10 @@ namespace winnow::kernels {
 
 // What DmsCompactCpu does, from the rows of the QKV product of a ragged batch of chunks, in
 // one pass: q/k norm, decision, zeroing, RoPE, rotation, K and V to stored form. Decisions
-// and stored bytes are the CPU's, queries the CPU's rounded to BF16. The band's chunk rows
-// get the stored values rounded to BF16, so LaunchDmsPrefillCompact() with k and v null
-// follows. Rows of no sequence are neither read nor written. Pointers are to device memory.
+// and stored bytes are the CPU's (but for the payload of a NaN in a BF16 cache), queries the CPU's
+// rounded to BF16. The band's chunk rows get the stored values rounded to BF16, so
+// LaunchDmsPrefillCompact() with k and v null follows. Rows of no sequence are neither read nor
+// written. Pointers are to device memory.
 struct DmsPrepareParams {
   DmsPrefillBatch batch;  // what it says of sequences and the band
   KvFormatId format = KvFormatId::kFp8;

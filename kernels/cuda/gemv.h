@@ -14,7 +14,8 @@
 //   kAdd:     out[i, j] = out[i, j] + y[i, j]               (residual; one addition)
 //   kSiluMul: out[i, j] = silu(y[i, j]) * y[i, n / 2 + j], j < n / 2, silu(g) = g / (1 + exp(-g))
 //
-// Products are exact (BF16 by BF16, BF16 by e4m3) and summed in float. The order of the sum
+// Products are of BF16 by BF16 or e4m3, exact but for x beside e4m3 on sm_90a: that is rounded
+// to float16 parts, off by up to 2^-39 of the largest of its part. Summed in float; the order
 // depends on k alone, so a row of `out` has the same bits whatever m and the other rows.
 namespace winnow::kernels {
 

@@ -388,17 +388,18 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
 #endif
 }
 
-// As many clusters of `blocks` blocks as the device runs at once, an SM a block.
+inline constexpr int kGemvDevices = 16;  // beyond, nothing is remembered
+
+// As many clusters of `blocks` blocks as the current device runs at once, an SM a block.
+// `known` is that device's, and its first use prepares the kernel there.
 template <typename Kernel>
 absl::StatusOr<int> GemvClusters(Kernel* kernel, const cudaLaunchConfig_t& config, int blocks,
-                                 std::atomic<int>* known) {
-  int clusters = known->load(std::memory_order_relaxed);
+                                 int device, std::atomic<int>* known) {
+  int clusters = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
   if (clusters > 0) return clusters;
   WINNOW_RETURN_IF_ERROR(CudaStatus(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGemvSharedBytes)));
   if (blocks == 1) {
-    int device = 0;
-    WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
     WINNOW_RETURN_IF_ERROR(
         CudaStatus(cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device)));
   } else {
@@ -410,13 +411,15 @@ absl::StatusOr<int> GemvClusters(Kernel* kernel, const cudaLaunchConfig_t& confi
   if (clusters < 1) {
     return absl::InternalError(absl::StrCat("gemv: no cluster of ", blocks, " blocks fits"));
   }
-  known->store(clusters, std::memory_order_relaxed);
+  if (known != nullptr) known->store(clusters, std::memory_order_relaxed);
   return clusters;
 }
 
 template <bool kE4m3, int kTiles, int kDepth>
 absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHandle stream) {
-  static std::atomic<int> known[kGemvMaxSlices + 1];
+  static std::atomic<int> known[kGemvDevices][kGemvMaxSlices + 1];
+  int device = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
   const int blocks = args.cluster * args.sharers;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -432,7 +435,9 @@ absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHan
   config.attrs = attributes;
   config.numAttrs = blocks > 1 ? 2 : 1;
   const auto kernel = GemvSm90Kernel<kE4m3, kTiles, kDepth>;
-  WINNOW_ASSIGN_OR_RETURN(const int clusters, GemvClusters(kernel, config, blocks, &known[blocks]));
+  WINNOW_ASSIGN_OR_RETURN(const int clusters,
+                          GemvClusters(kernel, config, blocks, device,
+                                       device < kGemvDevices ? &known[device][blocks] : nullptr));
   // Blocks that share x share no tile.
   const int most = (args.num_tiles + args.sharers - 1) / args.sharers;
   config.gridDim.x = static_cast<unsigned>(std::min(clusters, most) * blocks);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
@@ -394,6 +395,10 @@ __global__ void __launch_bounds__(kThreads)
 absl::Status CheckSpans(const char* op, const DeviceSpans& spans, int num_seqs, int first_layer,
                         int num_layers) {
   WINNOW_RETURN_IF_ERROR(ValidateHeadDim(spans.head_dim));
+  if (static_cast<size_t>(spans.format) >= std::size(kKvFormats)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(op, ": format=", static_cast<int>(spans.format)));
+  }
   if (spans.pages == nullptr || spans.state == nullptr || spans.survivor_pages == nullptr ||
       spans.newest == nullptr ||
       (spans.window > 0 && (spans.ring_pages == nullptr || spans.ring_evict == nullptr))) {

@@ -15,6 +15,17 @@ inline bool Aligned(const void* p, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
+// Whether this program's kernels run here with code that can wait for the kernel before
+// (sm_90 on). Code compiled for less, as that of the compute_80 PTX on any device, cannot,
+// and must not start early. All kernels are built for the same architectures.
+inline bool CanWaitForPredecessors(const void* kernel) {
+  static const bool can = [kernel] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  }();
+  return can;
+}
+
 // Enqueues a kernel whose blocks may be placed while the kernel before it in the stream
 // runs out, which hides the launch. REQUIRES: each of its threads that touches memory
 // calls ptx::WaitForPredecessors() first.
@@ -30,7 +41,7 @@ absl::Status LaunchEarly(void (*kernel)(Params...), dim3 grid, int threads, size
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = CanWaitForPredecessors(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, Params(args)...));
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <iterator>
+
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "kernels/cuda/device_spans.h"
@@ -41,6 +43,10 @@ inline LayerSpans LayerOf(const DeviceSpans& spans, int layer) {
 inline absl::Status ValidateLayer(const char* op, const DmsPrefillBatch& batch,
                                   const DeviceSpans& spans, const int32_t* slots, int layer) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillBatch(batch));
+  if (static_cast<size_t>(spans.format) >= std::size(kKvFormats)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(op, ": format=", static_cast<int>(spans.format)));
+  }
   if (spans.head_dim != batch.head_dim || spans.num_kv_heads != batch.num_kv_heads ||
       spans.shift != batch.shift || (spans.window != 0 && spans.window != batch.window)) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -9,7 +9,7 @@
 #include "kernels/cuda/cublaslt_matmul.h"
 #include "kernels/cuda/gemv.h"
 
-// A linear layer's product by what is fastest for its number of rows (gemm_gpu_bench):
+// A linear layer's product by what suits its number of rows (gemm_gpu_bench times both):
 //   out[i, j] (+)= w_scale[j] * sum_k x[i, k] * w[j, k]
 // Up to kMaxGemvRows rows LaunchGemv: exact products, and a row has the same bits whatever the
 // batch. Past that cuBLASLt: by e4m3 weights, rows of x are first quantized to e4m3 with a scale

@@ -36,7 +36,8 @@ absl::Status LaunchPrefixLoad(const PrefixLoadParams& params, StreamHandle strea
 // All tokens of the chunks enter their spans: afterwards those are as AdvanceSpan() leaves
 // them. Reads what LaunchDmsPrefillCompact() of the same batch left in its scratch. Pages
 // are taken from the pool; a span that does not get all it needs does not advance, and
-// pool.exhausted is set.
+// pool.exhausted is set: the call cannot be repeated, since the others have advanced; such a
+// sequence is released whole.
 // REQUIRES: as above of num_prefix; batch.num_survivors is that of the spans. With
 // spans.window 0 all tokens of the batch are kept.
 struct CacheAppendParams {

@@ -8,6 +8,7 @@
 #include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/dms_prefill_attention.h"
 #include "kernels/hadamard.h"
+#include "tests/kernels/decode_plan_memory.h"
 #include "tests/kernels/device_span_case.h"
 
 namespace winnow::kernels {
@@ -22,38 +23,6 @@ struct DecodeCase {
   float q_scale = 2.0f;
 
   friend void PrintTo(const DecodeCase& c, std::ostream* os) { *os << c.name; }
-};
-
-// The plan's device memory for one layer.
-struct PlanMemory {
-  PlanMemory(int rows, int64_t num_pages, int group, int head_dim, int layers = 1)
-      : max_pieces(static_cast<int>(MaxDecodePieces(rows, num_pages))),
-        pieces(static_cast<size_t>(max_pieces * layers)),
-        num_pieces(static_cast<size_t>(layers)),
-        next_piece(static_cast<size_t>(2 * layers)),
-        arrivals(static_cast<size_t>(rows)),
-        out(static_cast<size_t>(max_pieces) * static_cast<size_t>(group * head_dim)),
-        norm(static_cast<size_t>(max_pieces) * static_cast<size_t>(group * 2)),
-        overflow(1) {
-    overflow.Fill(0);
-    next_piece.Fill(0);
-    arrivals.Fill(0);
-  }
-  DecodePlan plan() const {
-    return {.pieces = pieces.get(),
-            .num_pieces = num_pieces.get(),
-            .next_piece = next_piece.get(),
-            .arrivals = arrivals.get(),
-            .partial_out = out.get(),
-            .partial_norm = norm.get(),
-            .max_pieces = max_pieces,
-            .overflow = overflow.get()};
-  }
-  const int max_pieces;
-  DeviceArray<DecodePiece> pieces;
-  DeviceArray<int32_t> num_pieces, next_piece, arrivals;
-  DeviceArray<float> out, norm;
-  DeviceArray<int32_t> overflow;
 };
 
 std::vector<SpanLength> Lengths(const DecodeCase& c) {

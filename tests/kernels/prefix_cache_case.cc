@@ -16,7 +16,7 @@ void PrefixCacheGpu::SetUp() {
   const CacheCase& c = GetParam();
   slots_per_page_ = SlotsPerPage(c.format, c.head_dim);
   const int num_spans = kLayers * kSequences * c.num_kv_heads;
-  num_pages_ = num_spans * (2 * kMaxTokens / slots_per_page_ + 2);
+  num_pages_ = num_spans * ((c.max_tokens + c.window) / slots_per_page_ + 3);
   spans_ = std::make_unique<DeviceSpanCase>(DeviceSpanShape{.format = c.format,
                                                             .head_dim = c.head_dim,
                                                             .window = c.window,
@@ -24,7 +24,7 @@ void PrefixCacheGpu::SetUp() {
                                                             .num_layers = kLayers,
                                                             .num_kv_heads = c.num_kv_heads,
                                                             .spare_pages = num_pages_,
-                                                            .max_survivors = kMaxTokens},
+                                                            .max_survivors = c.max_tokens},
                                             kSequences, std::vector<SpanLength>(Size(num_spans)));
   spans_->state->Set(std::vector<SpanState>(Size(num_spans)));
   for (int i = 0; i < num_spans; ++i) {
@@ -43,7 +43,7 @@ void PrefixCacheGpu::SetUp() {
   row_bytes_ = TokenBytes(c.format, c.head_dim);
   q_norm_ = Random(dim_);
   k_norm_ = Random(dim_);
-  absl::StatusOr<RopeTable> rope = BuildRopeTable(c.head_dim, kMaxTokens, 10000.0f);
+  absl::StatusOr<RopeTable> rope = BuildRopeTable(c.head_dim, c.max_tokens, 10000.0f);
   ASSERT_TRUE(rope.ok());
   rope_ = *rope;
   d_q_norm_ = std::make_unique<DeviceArray<float>>(q_norm_);
@@ -75,7 +75,7 @@ DmsCompactParams PrefixCacheGpu::CpuParams(const float* qkv, const int32_t* posi
           .positions = positions,
           .rope_cos = rope_.cos.data(),
           .rope_sin = rope_.sin.data(),
-          .num_positions = kMaxTokens,
+          .num_positions = c.max_tokens,
           .rule = c.rule,
           .format = c.format,
           .num_tokens = n,

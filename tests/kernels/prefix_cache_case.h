@@ -26,6 +26,8 @@ struct CacheCase {
       .source = DecisionSource::kBorrowedAfterQNorm, .scale = 1.0f, .offset = 0.3f};
   // [round][sequence of the cache]: tokens of its chunk; 0: not in the batch.
   std::vector<std::vector<int>> rounds = {{70, 1, 21}, {131, 0, 1}, {1, 40, 20}, {3, 150, 2}};
+  int max_tokens = 400;  // of a sequence, with all that follows the rounds
+  int strays = 1;        // sequences of no cache in every batch
   friend void PrintTo(const CacheCase& c, std::ostream* os) { *os << c.name; }
 };
 
@@ -35,7 +37,7 @@ struct History {
   std::vector<uint8_t> decisions;
 };
 
-// The chunks of one layer and call; a sequence of no cache (slot -1) is among them.
+// The chunks of one layer and call; the sequences of no cache (slot -1) come first.
 struct ChunkBatch {
   std::vector<DmsPrefillSequence> places;
   std::vector<int32_t> slots;      // [places]
@@ -55,7 +57,7 @@ struct ChunkResult {
 // A cache of kLayers layers and kSequences sequences twice, on the device and for the CPU ops.
 class PrefixCacheGpu : public testing::TestWithParam<CacheCase> {
  protected:
-  static constexpr int kLayers = 2, kSequences = 3, kMaxTokens = 400;
+  static constexpr int kLayers = 2, kSequences = 3;
 
   void SetUp() override;
 

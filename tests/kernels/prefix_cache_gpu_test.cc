@@ -13,15 +13,16 @@ namespace winnow::kernels {
 
 ChunkBatch PrefixCacheGpu::MakeBatch(int layer, const std::vector<int>& tokens) {
   const CacheCase& c = GetParam();
-  constexpr int kStray = 5;  // tokens of the sequence of no cache
+  constexpr int kStrayTokens = 5;  // of each sequence of no cache
   ChunkBatch chunks;
-  for (int s = kSequences; s >= 0; --s) {  // the first is the stray
-    const int n = s == kSequences ? kStray : tokens[Size(s)];
+  for (int s = kSequences + c.strays - 1; s >= 0; --s) {
+    const bool stray = s >= kSequences;
+    const int n = stray ? kStrayTokens : tokens[Size(s)];
     if (n == 0) continue;
-    const int before = s == kSequences ? 0 : spans_->span(layer, s, 0).num_tokens;
+    const int before = stray ? 0 : spans_->span(layer, s, 0).num_tokens;
     const int prefix = std::min(c.window + 1, before);
     chunks.places.push_back({chunks.rows, n, chunks.band, prefix, chunks.compact});
-    chunks.slots.push_back(s == kSequences ? -1 : s);
+    chunks.slots.push_back(stray ? -1 : s);
     for (int t = 0; t < n; ++t) chunks.positions.push_back(before + t);
     chunks.rows += n;
     chunks.band += prefix + n + 8;
@@ -271,6 +272,43 @@ std::vector<CacheCase> Cases() {
   return cases;
 }
 
+// Chunks of which thousands of tokens enter the ring and leave it again: many blocks of
+// AppendTokensKernel have such tokens, a span takes far more than 32 pages at once, and the strays
+// leave LaunchPrefixLoad fewer blocks a span than the span has pages.
+std::vector<CacheCase> LongCases() {
+  std::vector<CacheCase> cases;
+  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kBf16}) {
+    for (const int dim : {64, 128}) {
+      for (const int window : {256, 1024}) {
+        for (const bool keep_all : {false, true}) {
+          CacheCase c{.name = std::string(KvFormatOf(format).name) + "_d" + std::to_string(dim) +
+                              "_w" + std::to_string(window) + (keep_all ? "_keep_all" : "_mixed"),
+                      .format = format,
+                      .head_dim = dim,
+                      .group = 1,
+                      .num_kv_heads = 1,
+                      .window = window,
+                      // Of the longest chunk's tokens 13 whole blocks leave the ring again.
+                      .rounds = {{3001, 257, 1}, {13 * 256 + 1 + window, 3, 1537}},
+                      .max_tokens = 8000,
+                      .strays = 100};
+          if (keep_all) c.rule = {.source = DecisionSource::kNone};
+          cases.push_back(c);
+        }
+      }
+    }
+  }
+  CacheCase heads = cases.front();
+  heads.name += "_heads";
+  heads.num_kv_heads = 2;
+  heads.group = 2;
+  heads.shift = 0;
+  cases.push_back(heads);
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Long, PrefixCacheGpu, testing::ValuesIn(LongCases()),
+                         [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, PrefixCacheGpu, testing::ValuesIn(Cases()),
                          [](const auto& c) { return c.param.name; });
 

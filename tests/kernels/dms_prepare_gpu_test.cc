@@ -382,6 +382,10 @@ TEST(DmsPrepareParams, RefusesWhatItCannotDo) {
               p.decisions = memory;
             }),
             invalid);
+  // A batch whose bands are all empty has nothing to launch.
+  DmsPrepareParams empty = good;
+  empty.batch.max_band = 0;
+  EXPECT_TRUE(LaunchDmsPrepare(empty, nullptr).ok()) << LaunchDmsPrepare(empty, nullptr);
 }
 
 std::vector<PrepareCase> Cases() {

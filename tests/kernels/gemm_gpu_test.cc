@@ -1,4 +1,5 @@
-// LaunchGemv against sums in double, with the bound of what a float sum may lose.
+// LaunchGemv against sums in double, with the bound of what a float sum may lose; on integers
+// exactly.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -22,6 +23,9 @@ struct GemvCase {
   bool bf16_out = false;
   int pad = 0;     // elements past each row of x (8 times as many) and of out
   int offset = 0;  // 16 bytes each: where x and w begin
+  // x and w are integers up to 7 of one sign a row, never 0: all that is summed, in any order, is
+  // an integer below 2^21 and exact, and 16 bytes that are lost or read twice change every sum.
+  bool integers = false;
 
   friend void PrintTo(const GemvCase& c, std::ostream* os) { *os << c.name; }
 };
@@ -40,13 +44,16 @@ class GemvRun {
         scale_(Size(c.n)),
         out_((Size(c.m) * Size(ldo_)) * (c.bf16_out ? 2 : 4)) {
     std::mt19937 rng(static_cast<unsigned>(c.m * 7919 + c.n * 31 + c.k));
+    const bool silu = c.epilogue == GemvEpilogue::kSiluMul;  // of less than -100 it is 0: no sign
     std::normal_distribution<float> normal;
     // What lies past the rows is NaN.
     std::vector<Bf16> x(x_.size(), Bf16{0xffff});
     x_values_.resize(Size(c.m) * Size(c.k));
     for (int i = 0; i < c.m; ++i) {
       for (int j = 0; j < c.k; ++j) {
-        const Bf16 value = ToBf16(normal(rng) * std::exp2(static_cast<float>(i - 4)));
+        const float drawn = c.integers ? Integer(rng(), i % 2 != 0 && !silu)
+                                       : normal(rng) * std::exp2(static_cast<float>(i - 4));
+        const Bf16 value = ToBf16(drawn);
         x[Offset(8) + Size(i) * Size(ldx_) + Size(j)] = value;
         x_values_[Size(i) * Size(c.k) + Size(j)] = ToFloat(value);
       }
@@ -57,15 +64,20 @@ class GemvRun {
     w_values_.resize(Size(c.n) * Size(c.k));
     for (int j = 0; j < c.n; ++j) {
       if (e4m3_) scale[Size(j)] = 0.01f * (1.0f + static_cast<float>(rng() % 1000) / 500.0f);
+      if (e4m3_ && c.integers) scale[Size(j)] = std::exp2(static_cast<float>(j % 4 - 2));
     }
     for (size_t i = 0; i < w_values_.size(); ++i) {
+      const size_t row = i / Size(c.k);
+      const float integer =
+          c.integers ? Integer(rng(), row % 3 == 2 && !(silu && row < Size(columns_))) : 0.0f;
       if (e4m3_) {
         uint8_t code = static_cast<uint8_t>(rng());  // every one, subnormals too, but NaN
         if ((code & 0x7f) == 0x7f) code ^= 1;
+        if (c.integers) code = ToE4m3(integer);
         w[Offset(16) + i] = code;
         w_values_[i] = E4m3ToFloat(code);
       } else {
-        const Bf16 value = ToBf16(normal(rng));
+        const Bf16 value = ToBf16(c.integers ? integer : normal(rng));
         std::memcpy(&w[Offset(16) + 2 * i], &value, 2);
         w_values_[i] = ToFloat(value);
       }
@@ -85,7 +97,9 @@ class GemvRun {
     largest_x_ = rows_of(x_values_, true);
     scale_values_ = scale;
     old_.resize(Size(c.m) * Size(ldo_));
-    for (float& value : old_) value = normal(rng);
+    for (float& value : old_) {
+      value = c.integers ? static_cast<float>(rng() % 1000) - 500.0f : normal(rng);
+    }
   }
 
   // Rows [first, first + m) of the product, as floats, [m, columns]; m rows are launched. What
@@ -138,7 +152,7 @@ class GemvRun {
         Sum want = y;
         if (c_.epilogue == GemvEpilogue::kAdd) {
           want.value += old_[Size(i) * Size(ldo_) + Size(j)];
-          want.error += std::abs(want.value) * 0x1p-24;
+          if (!c_.integers) want.error += std::abs(want.value) * 0x1p-24;
         } else if (c_.epilogue == GemvEpilogue::kSiluMul) {
           const Sum up = SumOf(i, columns_ + j);
           const double silu = y.value / (1.0 + std::exp(-y.value));
@@ -161,6 +175,10 @@ class GemvRun {
   };
 
   static size_t Size(int n) { return static_cast<size_t>(n); }
+  static float Integer(uint32_t random, bool negative) {
+    const float value = static_cast<float>(1 + random % 7);
+    return negative ? -value : value;
+  }
   size_t Offset(size_t elements) const { return Size(c_.offset) * elements; }
   void SetOld(int first) {
     std::vector<uint8_t> bytes(out_.size());
@@ -181,6 +199,7 @@ class GemvRun {
       size += std::abs(product);
     }
     const double scale = scale_values_[Size(j)];
+    if (c_.integers) return {value * scale, 0.0};
     double error = size * (c_.k / 8 + 32 + 16) * 0x1p-23;
     if (e4m3_) error += weight_sizes_[Size(j)] * largest_x_[Size(i)] * 0x1p-39;  // x as float16
     return {value * scale, error * scale};
@@ -262,6 +281,20 @@ std::vector<GemvCase> GemvCases() {
       add(m, 261, 4112, GemvEpilogue::kAdd);
       add(m, 77, 8208, GemvEpilogue::kStore, true, 2, 5);
     }
+    const auto add_exact = [&](int m, int n, int k) {
+      for (const GemvEpilogue epilogue :
+           {GemvEpilogue::kStore, GemvEpilogue::kAdd, GemvEpilogue::kSiluMul}) {
+        add(m, epilogue == GemvEpilogue::kSiluMul ? 2 * n : n, k, epilogue, false, 1, 1);
+        cases.back().name += "_exact";
+        cases.back().integers = true;
+      }
+    };
+    for (const int m : {1, 2, 8, 15, 16}) {
+      for (const int k : {144, 4112, 8192, 12288}) add_exact(m, 37, k);
+    }
+    for (const int m : {1, 2, 8}) add_exact(m, 35, kMaxGemvK);
+    add_exact(15, 21, 28672);   // the largest k it has room for
+    add_exact(2, 2129, 12288);  // more tiles than SMs
   }
   return cases;
 }

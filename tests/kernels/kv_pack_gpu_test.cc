@@ -370,6 +370,11 @@ TEST(PackGpuParams, BadOnesAreRefused) {
   p = pack;
   p.spans.head_dim = 72;
   EXPECT_EQ(code(LaunchKvPack(p, nullptr)), absl::StatusCode::kUnimplemented);
+  const absl::Status no_format = absl::InvalidArgumentError("kv_pack: format=200");
+  p = pack;
+  p.spans.format = static_cast<KvFormatId>(200);
+  EXPECT_EQ(ValidateKvPackCuda(p), no_format);
+  EXPECT_EQ(LaunchKvPack(p, nullptr), no_format);
   const KvUnpackCudaParams unpack = {.spans = spans,
                                      .slots = &i,
                                      .num_tokens = &i,
@@ -381,6 +386,11 @@ TEST(PackGpuParams, BadOnesAreRefused) {
   KvUnpackCudaParams u = unpack;
   u.num_tokens = nullptr;
   EXPECT_EQ(code(LaunchKvUnpack(u, nullptr)), kBad);
+  u = unpack;
+  u.spans.format = static_cast<KvFormatId>(std::size(kKvFormats));  // one past the last
+  const absl::Status status = ValidateKvUnpackCuda(u);
+  EXPECT_EQ(code(status), kBad);
+  EXPECT_NE(status.message().find("format="), std::string::npos) << status;
   u = unpack;
   u.num_seqs = 40'000;
   EXPECT_EQ(code(LaunchKvUnpack(u, nullptr)), kBad);

@@ -156,7 +156,8 @@ struct MatmulCase {
   MatmulType type = MatmulType::kBf16;
   MatmulScales scales = MatmulScales::kPerTensor;
   bool bf16_out = false, accumulate = false;
-  int pad = 0;  // 16 elements each, past the rows of x and of out
+  int pad = 0;     // 16 elements each, past the rows of x and of out
+  int offset = 0;  // bytes: where x, w and out begin, past a multiple of 256
   friend void PrintTo(const MatmulCase& c, std::ostream* os) { *os << c.name; }
 };
 
@@ -212,15 +213,18 @@ TEST_P(MatmulGpuCases, IsExactOnIntegersAndRepeats) {
     std::memcpy(&old_bytes[i * out_size], c.bf16_out ? static_cast<const void*>(&bf16) : &old[i],
                 out_size);
   }
-  DeviceArray<uint8_t> d_x(x_bytes), d_w(w_bytes), out(m * ldo * out_size),
+  const size_t offset = static_cast<size_t>(c.offset);
+  for (auto* bytes : {&x_bytes, &w_bytes, &old_bytes}) bytes->insert(bytes->begin(), offset, 0xff);
+  DeviceArray<uint8_t> d_x(x_bytes), d_w(w_bytes), out(old_bytes.size()),
       workspace(size_t{8} << 20);
+  uint8_t* const to = out.get() + offset;
   DeviceArray<float> d_x_scale(x_scale), d_w_scale(w_scale);
-  const MatmulParams params{.x = d_x.get(),
-                            .w = d_w.get(),
+  const MatmulParams params{.x = d_x.get() + offset,
+                            .w = d_w.get() + offset,
                             .x_scale = e4m3 ? d_x_scale.get() : nullptr,
                             .w_scale = e4m3 ? d_w_scale.get() : nullptr,
-                            .out_f32 = c.bf16_out ? nullptr : reinterpret_cast<float*>(out.get()),
-                            .out_bf16 = c.bf16_out ? reinterpret_cast<Bf16*>(out.get()) : nullptr,
+                            .out_f32 = c.bf16_out ? nullptr : reinterpret_cast<float*>(to),
+                            .out_bf16 = c.bf16_out ? reinterpret_cast<Bf16*>(to) : nullptr,
                             .workspace = workspace.get(),
                             .workspace_bytes = workspace.size(),
                             .m = c.m,
@@ -256,6 +260,8 @@ TEST_P(MatmulGpuCases, IsExactOnIntegersAndRepeats) {
       cudaGraphDestroy(graph);
     }
     got[run] = out.Get();
+    for (size_t i = 0; i < offset; ++i) ASSERT_EQ(got[run][i], 0xff) << "before out";
+    got[run].erase(got[run].begin(), got[run].begin() + c.offset);
   }
   cudaStreamDestroy(stream);
   EXPECT_EQ(got[0], got[1]);
@@ -323,6 +329,13 @@ std::vector<MatmulCase> MatmulCases() {
       cases.back().k = 1024;
       cases.back().accumulate = true;
     }
+  }
+  // Pointers that are multiples of 16 bytes alone.
+  const size_t aligned = cases.size();
+  for (size_t i = 0; i < aligned; ++i) {
+    cases.push_back(cases[i]);
+    cases.back().name += "_offset16";
+    cases.back().offset = 16;
   }
   return cases;
 }

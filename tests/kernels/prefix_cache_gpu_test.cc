@@ -247,6 +247,60 @@ TEST_P(PrefixCacheGpu, ASpanWithoutPagesStays) {
   num_free_->Set({left});
 }
 
+// Needs no device.
+TEST(PrefixCacheParams, AFormatOutOfRangeIsRefused) {
+  alignas(256) static uint8_t memory[256];
+  auto* values = reinterpret_cast<Bf16*>(memory);
+  auto* ints = reinterpret_cast<int32_t*>(memory);
+  const DmsPrefillBatch batch{.sequences = reinterpret_cast<DmsPrefillSequence*>(memory),
+                              .band_k = values,
+                              .band_v = values,
+                              .compact_k = values,
+                              .compact_v = values,
+                              .scratch = memory,
+                              .batch = 1,
+                              .num_kv_heads = 1,
+                              .group = 1,
+                              .head_dim = 64,
+                              .window = 1,
+                              .num_rows = 5,
+                              .band_rows = 6,
+                              .compact_rows = 14,
+                              .max_band = 6};
+  const DeviceSpans spans{.head_dim = 64,
+                          .window = 1,
+                          .num_layers = 1,
+                          .max_sequences = 1,
+                          .num_kv_heads = 1,
+                          .max_survivor_pages = 4,
+                          .pages = memory,
+                          .state = reinterpret_cast<SpanState*>(memory),
+                          .survivor_pages = ints,
+                          .ring_pages = ints,
+                          .newest = memory,
+                          .ring_evict = memory};
+  PrefixLoadParams load{
+      .batch = batch, .spans = spans, .slots = ints, .num_survivors = ints, .prefix_evict = memory};
+  CacheAppendParams append{
+      .batch = batch, .spans = spans, .pool = {ints, ints, ints}, .slots = ints, .rows = memory};
+  for (const KvFormat& format : kKvFormats) {
+    load.spans.format = append.spans.format = format.id;
+    EXPECT_TRUE(ValidatePrefixLoad(load).ok()) << ValidatePrefixLoad(load);
+    EXPECT_TRUE(ValidateCacheAppend(append).ok()) << ValidateCacheAppend(append);
+  }
+  for (const size_t bad : {std::size(kKvFormats), size_t{255}}) {
+    load.spans.format = append.spans.format = static_cast<KvFormatId>(bad);
+    const std::string format = "format=" + std::to_string(bad);
+    const auto refused = [](const std::string& message) {
+      return absl::InvalidArgumentError(message);
+    };
+    EXPECT_EQ(ValidatePrefixLoad(load), refused("prefix_load: " + format));
+    EXPECT_EQ(LaunchPrefixLoad(load, nullptr), refused("prefix_load: " + format));
+    EXPECT_EQ(ValidateCacheAppend(append), refused("cache_append: " + format));
+    EXPECT_EQ(LaunchCacheAppend(append, nullptr), refused("cache_append: " + format));
+  }
+}
+
 std::vector<CacheCase> Cases() {
   std::vector<CacheCase> cases;
   for (const KvFormat& format : kKvFormats) {

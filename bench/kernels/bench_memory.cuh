@@ -8,7 +8,7 @@
 
 #include "bench/kernels/cuda_check.h"
 
-// What the benches of memory-bound ops share.
+// What the benches share.
 namespace winnow {
 
 // Device memory that lasts until the end of the program or a Free().
@@ -37,31 +37,60 @@ class BenchMemory {
   std::vector<void*> held_;
 };
 
+// Device memory of one array, its owner's.
+template <typename T>
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(size_t n) { Check(cudaMalloc(&data_, std::max<size_t>(n, 1) * sizeof(T))); }
+  explicit DeviceBuffer(const std::vector<T>& v) : DeviceBuffer(v.size()) {
+    Check(cudaMemcpy(data_, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~DeviceBuffer() { cudaFree(data_); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  T* get() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
 // Times work on the default stream; each run finds the L2 cache flushed.
 class BenchTimer {
  public:
-  explicit BenchTimer(int runs) : runs_(runs) {
+  explicit BenchTimer(int runs = 0) : runs_(runs) {
     Check(cudaMalloc(&flush_, kFlushBytes));
     Check(cudaEventCreate(&begin_));
     Check(cudaEventCreate(&end_));
   }
+  void set_runs(int runs) { runs_ = runs; }
 
   // Microseconds, the median; `before` runs untimed before each.
   double Median(const std::function<void()>& work, const std::function<void()>& before = {}) {
-    std::vector<double> us;
+    return Medians({work}, before)[0];
+  }
+  // Of each work, one run after another of all of them.
+  std::vector<double> Medians(const std::vector<std::function<void()>>& works,
+                              const std::function<void()>& before = {}) {
+    std::vector<std::vector<double>> us(works.size());
     for (int i = -2; i < runs_; ++i) {
-      if (before) before();
-      Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
-      Check(cudaEventRecord(begin_, nullptr));
-      work();
-      Check(cudaEventRecord(end_, nullptr));
-      Check(cudaEventSynchronize(end_));
-      float ms = 0.0f;
-      Check(cudaEventElapsedTime(&ms, begin_, end_));
-      if (i >= 0) us.push_back(1e3 * static_cast<double>(ms));
+      for (size_t n = 0; n < works.size(); ++n) {
+        if (before) before();
+        Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
+        Check(cudaEventRecord(begin_, nullptr));
+        works[n]();
+        Check(cudaEventRecord(end_, nullptr));
+        Check(cudaEventSynchronize(end_));
+        float ms = 0.0f;
+        Check(cudaEventElapsedTime(&ms, begin_, end_));
+        if (i >= 0) us[n].push_back(1e3 * static_cast<double>(ms));
+      }
     }
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
+    std::vector<double> medians;
+    for (std::vector<double>& x : us) {
+      std::sort(x.begin(), x.end());
+      medians.push_back(x[x.size() / 2]);
+    }
+    return medians;
   }
 
   // A device copy that reads and writes `bytes` / 2 each.
@@ -77,7 +106,7 @@ class BenchTimer {
 
  private:
   static constexpr size_t kFlushBytes = size_t{256} << 20;
-  const int runs_;
+  int runs_;
   void* flush_ = nullptr;
   cudaEvent_t begin_, end_;
 };

@@ -11,7 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "bench/kernels/cuda_check.h"
+#include "bench/kernels/bench_memory.cuh"
+#include "bench/kernels/fill_random.cuh"
+#include "bench/kernels/read_stream.cuh"
 #include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/cuda/decode_plan.h"
 #include "kernels/cuda/decode_prepare.h"
@@ -19,28 +21,6 @@
 
 namespace winnow::kernels {
 namespace {
-
-template <typename T>
-class Device {
- public:
-  explicit Device(size_t n) { Check(cudaMalloc(&data_, std::max<size_t>(n, 1) * sizeof(T))); }
-  explicit Device(const std::vector<T>& v) : Device(v.size()) {
-    Check(cudaMemcpy(data_, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-__device__ uint32_t Mix(uint64_t x) {
-  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
-  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
-  return static_cast<uint32_t>(x >> 32);
-}
 
 // Random codes, none of them NaN, and scales of 2^-7 or so in the last 4 * slots bytes of
 // each `stride`.
@@ -59,27 +39,6 @@ __global__ void FillFloats(float* out, int64_t n) {
     const float a = Mix(2 * i) * 0x1p-32f, b = Mix(2 * i + 1) * 0x1p-32f;
     out[i] = 2.0f * sqrtf(-2.0f * logf(a + 1e-7f)) * cospif(2.0f * b);
   }
-}
-
-// XORs all of `in` into *out, each thread `kVectors` loads at a time.
-template <int kVectors>
-__global__ void __launch_bounds__(512) ReadStream(const uint4* in, int64_t n, uint32_t* out) {
-  uint32_t x = 0;
-  const int64_t step = gridDim.x * int64_t{512};
-  int64_t i = blockIdx.x * int64_t{512} + threadIdx.x;
-  for (; i + (kVectors - 1) * step < n; i += kVectors * step) {
-    uint4 v[kVectors];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) v[j] = __ldcs(in + i + j * step);
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
-  }
-  for (; i < n; i += step) {
-    const uint4 v = __ldcs(in + i);
-    x ^= v.x ^ v.y ^ v.z ^ v.w;
-  }
-  x = __reduce_xor_sync(0xffffffffu, x);
-  if (threadIdx.x % 32 == 0) atomicXor(out, x);
 }
 
 float Median(std::vector<float> v) {
@@ -103,39 +62,6 @@ float MedianMs(int reps, F run, cudaStream_t stream) {
     if (i >= 2) times.push_back(ms);
   }
   return Median(times);
-}
-
-// GB/s of the best of several kernels that only read 4 GB; each must find the same XOR of all
-// words as the plainest of them.
-double MeasureStream(cudaStream_t stream) {
-  const int64_t bytes = int64_t{4} << 30;
-  Device<uint4> in(static_cast<size_t>(bytes / 16));
-  Device<uint32_t> out(1);
-  FillTokens<<<2048, 256, 0, stream>>>(reinterpret_cast<uint8_t*>(in.get()), bytes, 1 << 20,
-                                       1 << 20);
-  const auto run = [&](auto kernel, int blocks) {
-    Check(cudaMemsetAsync(out.get(), 0, 4, stream));
-    kernel<<<blocks, 512, 0, stream>>>(in.get(), bytes / 16, out.get());
-    Check(cudaGetLastError());
-    uint32_t found = 0;
-    Check(cudaMemcpyAsync(&found, out.get(), 4, cudaMemcpyDeviceToHost, stream));
-    Check(cudaStreamSynchronize(stream));
-    return found;
-  };
-  const uint32_t expected = run(ReadStream<1>, 1000);
-  double best = 1e9;
-  for (const int blocks : {132 * 2, 132 * 4, 132 * 16, 132 * 64}) {
-    for (const auto kernel : {ReadStream<4>, ReadStream<8>, ReadStream<16>}) {
-      if (run(kernel, blocks) != expected) {
-        std::fprintf(stderr, "the read stream skips bytes\n");
-        std::exit(1);
-      }
-      const float ms = MedianMs(
-          5, [&] { kernel<<<blocks, 512, 0, stream>>>(in.get(), bytes / 16, out.get()); }, stream);
-      best = std::min(best, double{ms});
-    }
-  }
-  return static_cast<double>(bytes) / best / 1e6;
 }
 
 struct BenchCase {
@@ -190,16 +116,16 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
     }
   }
   const int page_bytes = static_cast<int>(PageBytes(c.head_dim));
-  Device<uint8_t> pages(static_cast<size_t>(num_pages) * static_cast<size_t>(page_bytes));
-  Device<uint8_t> newest(static_cast<size_t>(num_spans * spans.newest_stride()));
+  DeviceBuffer<uint8_t> pages(static_cast<size_t>(num_pages) * static_cast<size_t>(page_bytes));
+  DeviceBuffer<uint8_t> newest(static_cast<size_t>(num_spans * spans.newest_stride()));
   const int scales = static_cast<int>(KvScaleBytes(KvFormatOf(c.format).k));
   FillTokens<<<2048, 256, 0, stream>>>(pages.get(), num_pages * page_bytes, page_bytes,
                                        page_bytes - 2 * scales * slots);
   FillTokens<<<2048, 256, 0, stream>>>(
       newest.get(), num_spans * spans.newest_stride(), static_cast<int>(spans.newest_stride()),
       static_cast<int>(TokenBytes(c.format, c.head_dim)) - 2 * scales);
-  Device<SpanState> state(states);
-  Device<int32_t> device_survivors(survivor_pages), device_ring(ring_pages);
+  DeviceBuffer<SpanState> state(states);
+  DeviceBuffer<int32_t> device_survivors(survivor_pages), device_ring(ring_pages);
   spans.pages = pages.get();
   spans.state = state.get();
   spans.survivor_pages = device_survivors.get();
@@ -210,12 +136,13 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
   const int64_t max_pieces = MaxDecodePieces(rows, num_pages / c.layers);
   const size_t layers = static_cast<size_t>(c.layers), size = static_cast<size_t>(max_pieces);
   const size_t group = static_cast<size_t>(c.group);
-  Device<DecodePiece> pieces(layers * size);
-  Device<int32_t> counts(layers), next(2 * layers), arrivals(static_cast<size_t>(rows));
-  Device<float> partial(size * group * static_cast<size_t>(c.head_dim)), norms(size * group * 2);
+  DeviceBuffer<DecodePiece> pieces(layers * size);
+  DeviceBuffer<int32_t> counts(layers), next(2 * layers), arrivals(static_cast<size_t>(rows));
+  DeviceBuffer<float> partial(size * group * static_cast<size_t>(c.head_dim)),
+      norms(size * group * 2);
   Check(cudaMemset(next.get(), 0, 2 * layers * 4));
   Check(cudaMemset(arrivals.get(), 0, static_cast<size_t>(rows) * 4));
-  Device<int32_t> overflow(std::vector<int32_t>{0});
+  DeviceBuffer<int32_t> overflow(std::vector<int32_t>{0});
   const DecodePlan plan{.pieces = pieces.get(),
                         .num_pieces = counts.get(),
                         .next_piece = next.get(),
@@ -226,10 +153,10 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
                         .overflow = overflow.get()};
   std::vector<int32_t> slot_of(static_cast<size_t>(c.num_seqs));
   std::iota(slot_of.begin(), slot_of.end(), 0);
-  Device<int32_t> device_slots(slot_of);
+  DeviceBuffer<int32_t> device_slots(slot_of);
   const int64_t q_size = static_cast<int64_t>(rows) * c.group * c.head_dim;
-  Device<float> q(static_cast<size_t>(q_size));
-  Device<Bf16> out(static_cast<size_t>(q_size));
+  DeviceBuffer<float> q(static_cast<size_t>(q_size));
+  DeviceBuffer<Bf16> out(static_cast<size_t>(q_size));
   FillFloats<<<256, 256, 0, stream>>>(q.get(), q_size);
   Check(cudaGetLastError());
 
@@ -292,9 +219,9 @@ double PlanUs(cudaStream_t stream) {
   spans.head_dim = 128;
   const int slots = spans.slots_per_page();
   spans.max_survivor_pages = kSurvivors / slots + 1;
-  Device<SpanState> state(std::vector<SpanState>(static_cast<size_t>(spans.num_spans()),
-                                                 {kSurvivors, kWindow, 7, 8192}));
-  Device<int32_t> tables(1), slot_of(kSeqs), counts(kLayers);
+  DeviceBuffer<SpanState> state(std::vector<SpanState>(static_cast<size_t>(spans.num_spans()),
+                                                       {kSurvivors, kWindow, 7, 8192}));
+  DeviceBuffer<int32_t> tables(1), slot_of(kSeqs), counts(kLayers);
   spans.state = state.get();
   spans.survivor_pages = spans.ring_pages = tables.get();
   std::vector<int32_t> ids(kSeqs);
@@ -303,8 +230,8 @@ double PlanUs(cudaStream_t stream) {
   const int64_t max_pieces =
       MaxDecodePieces(kSeqs * kHeads, int64_t{kSeqs} * kHeads *
                                           (spans.max_survivor_pages + spans.ring_pages_per_span()));
-  Device<DecodePiece> pieces(static_cast<size_t>(kLayers * max_pieces));
-  Device<int32_t> overflow(std::vector<int32_t>{0});
+  DeviceBuffer<DecodePiece> pieces(static_cast<size_t>(kLayers * max_pieces));
+  DeviceBuffer<int32_t> overflow(std::vector<int32_t>{0});
   const DecodePlanParams params{.spans = spans,
                                 .slots = slot_of.get(),
                                 .num_seqs = kSeqs,
@@ -354,8 +281,8 @@ void RunPrepare(cudaStream_t stream) {
     }
   }
   const int32_t left = static_cast<int32_t>(free.size());
-  Device<uint8_t> memory(total * PageBytes(kDim));
-  Device<uint8_t> newest(n * static_cast<size_t>(spans.newest_stride()));
+  DeviceBuffer<uint8_t> memory(total * PageBytes(kDim));
+  DeviceBuffer<uint8_t> newest(n * static_cast<size_t>(spans.newest_stride()));
   std::vector<uint8_t> flags(n * static_cast<size_t>(spans.evict_stride()));
   std::mt19937 rng(2);
   for (uint8_t& f : flags) f = rng() % 8 != 0;
@@ -363,9 +290,9 @@ void RunPrepare(cudaStream_t stream) {
     flags[i * static_cast<size_t>(spans.evict_stride())] = 0;
     flags[i * static_cast<size_t>(spans.evict_stride()) + 1] = 0;
   }
-  Device<uint8_t> ring_evict(flags);
-  Device<SpanState> state(std::vector<SpanState>(n, {kSurvivors, kWindow, 0, 8192}));
-  Device<int32_t> d_survivors(survivor_ids), d_ring(ring_ids), d_free(free),
+  DeviceBuffer<uint8_t> ring_evict(flags);
+  DeviceBuffer<SpanState> state(std::vector<SpanState>(n, {kSurvivors, kWindow, 0, 8192}));
+  DeviceBuffer<int32_t> d_survivors(survivor_ids), d_ring(ring_ids), d_free(free),
       num_free(std::vector<int32_t>{left}), exhausted(std::vector<int32_t>{0});
   spans.pages = memory.get();
   spans.state = state.get();
@@ -375,9 +302,10 @@ void RunPrepare(cudaStream_t stream) {
   spans.ring_evict = ring_evict.get();
   std::vector<int32_t> slot_of(kSeqs), positions(kSeqs, 8192);
   std::iota(slot_of.begin(), slot_of.end(), 0);
-  Device<int32_t> d_slots(slot_of), d_positions(positions);
+  DeviceBuffer<int32_t> d_slots(slot_of), d_positions(positions);
   constexpr int kRow = (kHeads + 2 * kKvHeads) * kDim;
-  Device<float> qkv(kSeqs * kRow), norm(kDim), table(9000 * kDim / 2), q_out(kSeqs * kHeads * kDim);
+  DeviceBuffer<float> qkv(kSeqs * kRow), norm(kDim), table(9000 * kDim / 2),
+      q_out(kSeqs * kHeads * kDim);
   for (const auto& [data, size] : {std::pair{qkv.get(), kSeqs * kRow}, std::pair{norm.get(), kDim},
                                    std::pair{table.get(), 9000 * kDim / 2}}) {
     FillFloats<<<256, 256, 0, stream>>>(data, size);
@@ -435,7 +363,7 @@ int Main(int argc, char** argv) {
   const std::string filter = argc > 1 ? argv[1] : "";  // a part of a case's name; $ is its end
   cudaStream_t stream;
   Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  const double gbs = MeasureStream(stream);
+  const double gbs = MeasureReadStream(stream);
   std::printf("{\"case\": \"read_stream\", \"gbs\": %.1f}\n", gbs);
   const auto uniform = [](int n) { return std::vector<int>(8, n); };
   // Of a context of n tokens, window 256, an eighth of the older ones survives.

@@ -12,35 +12,12 @@
 #include <string>
 #include <vector>
 
-#include "bench/kernels/cuda_check.h"
+#include "bench/kernels/bench_memory.cuh"
+#include "bench/kernels/fill_random.cuh"
 #include "kernels/cuda/dms_prefill.h"
 
 namespace winnow::kernels {
 namespace {
-
-template <typename T>
-T* Allocate(size_t n) {
-  void* p = nullptr;
-  Check(cudaMalloc(&p, n * sizeof(T)));
-  return static_cast<T*>(p);
-}
-
-// Standard normal BF16, a pair a turn. Any grid.
-__global__ void FillNormal(__nv_bfloat162* x, int64_t pairs, uint32_t seed) {
-  const auto hash = [](uint64_t n) {
-    n = (n ^ (n >> 31)) * 0x9e3779b97f4a7c15ull;
-    n = (n ^ (n >> 29)) * 0xbf58476d1ce4e5b9ull;
-    return static_cast<uint32_t>(n >> 32);
-  };
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < pairs;
-       i += gridDim.x * int64_t{blockDim.x}) {
-    const uint64_t n = static_cast<uint64_t>(i) * 2 + (uint64_t{seed} << 40) + 1;
-    const float u = (static_cast<float>(hash(n)) + 1.0f) * 0x1p-32f;
-    const float angle = static_cast<float>(hash(n + 1)) * 0x1p-31f;
-    const float radius = sqrtf(-2.0f * logf(fminf(u, 1.0f)));
-    x[i] = __floats2bfloat162_rn(radius * cospif(angle), radius * sinpif(angle));
-  }
-}
 
 struct BenchCase {
   std::string name;
@@ -70,29 +47,25 @@ std::vector<BenchCase> Cases() {
 class Bench {
  public:
   static constexpr int kKvHeads = 8, kGroup = 4, kMostTokens = 131072, kMostDim = 128;
-  static constexpr size_t kFlushBytes = size_t{256} << 20;
 
   Bench() {
     const size_t kv = size_t{kMostTokens} * kKvHeads * kMostDim;
-    q_ = Allocate<Bf16>(kv * kGroup);
-    out_ = Allocate<Bf16>(kv * kGroup);
-    for (Bf16** x : {&k_, &v_, &band_k_, &band_v_}) *x = Allocate<Bf16>(kv);
+    q_ = memory_.Allocate<Bf16>(kv * kGroup);
+    out_ = memory_.Allocate<Bf16>(kv * kGroup);
+    for (Bf16** x : {&k_, &v_, &band_k_, &band_v_}) *x = memory_.Allocate<Bf16>(kv);
     for (Bf16** x : {&compact_k_, &compact_v_}) {
-      *x = Allocate<Bf16>(kv + size_t{64} * kKvHeads * kMostDim);
+      *x = memory_.Allocate<Bf16>(kv + size_t{64} * kKvHeads * kMostDim);
     }
-    rows_ =
-        Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads * TokenBytes(KvFormatId::kFp8, kMostDim));
-    decisions_ = Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads);
-    sequence_ = Allocate<DmsPrefillSequence>(1);
-    flush_ = Allocate<uint8_t>(kFlushBytes);
+    rows_ = memory_.Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads *
+                                      TokenBytes(KvFormatId::kFp8, kMostDim));
+    decisions_ = memory_.Allocate<uint8_t>(size_t{kMostTokens} * kKvHeads);
+    sequence_ = memory_.Allocate<DmsPrefillSequence>(1);
     uint32_t seed = 1;
     for (Bf16* x : {q_, k_, v_}) {
       const size_t n = x == q_ ? kv * kGroup : kv;
       FillNormal<<<1024, 256>>>(reinterpret_cast<__nv_bfloat162*>(x), static_cast<int64_t>(n / 2),
                                 seed++);
     }
-    Check(cudaEventCreate(&begin_));
-    Check(cudaEventCreate(&end_));
     Check(cudaDeviceSynchronize());
   }
 
@@ -103,8 +76,7 @@ class Bench {
     for (size_t i = 0; i < decisions.size(); ++i) {
       decisions[i] = uniform(rng) < c.keep[i % kKvHeads] ? 0 : 1;
     }
-    Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice),
-          "decisions");
+    Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice));
     const DmsPrefillSequence sequence{.num_tokens = c.seq};
     Check(cudaMemcpy(sequence_, &sequence, sizeof(sequence), cudaMemcpyHostToDevice));
     DmsPrefillBatch batch{.sequences = sequence_,
@@ -122,7 +94,8 @@ class Bench {
                           .band_rows = c.seq,
                           .compact_rows = c.seq + 8,
                           .max_band = c.seq};
-    batch.scratch = Allocate<uint8_t>(DmsPrefillScratchBytes(batch));
+    BenchMemory scratch;
+    batch.scratch = scratch.Allocate<uint8_t>(DmsPrefillScratchBytes(batch));
     const int64_t kv = int64_t{kKvHeads} * c.head_dim;
     const DmsPrefillCompactParams compact{.batch = batch,
                                           .format = KvFormatId::kFp8,
@@ -136,11 +109,12 @@ class Bench {
                                          .q_stride = kv * kGroup,
                                          .out = out_,
                                          .scale = 1.0f / std::sqrt(float(c.head_dim))};
-    const double both = Median(runs, [&] {
+    timer_.set_runs(runs);
+    const double both = timer_.Median([&] {
       Check(LaunchDmsPrefillCompact(compact, nullptr));
       Check(LaunchDmsPrefillAttention(attention, nullptr));
     });
-    const double first = Median(runs, [&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); });
+    const double first = timer_.Median([&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); });
 
     // Visible pairs and the bytes that must move.
     double pairs = 0.0, survivors = 0.0;
@@ -166,31 +140,14 @@ class Bench {
         c.name.c_str(), both, first, 4.0 * dim * kGroup * pairs, compact_bytes + attention_bytes,
         compact_bytes);
     std::fflush(stdout);
-    cudaFree(batch.scratch);
   }
 
  private:
-  template <typename Work>
-  double Median(int runs, Work work) {
-    std::vector<double> us;
-    for (int i = -2; i < runs; ++i) {
-      Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
-      Check(cudaEventRecord(begin_, nullptr));
-      work();
-      Check(cudaEventRecord(end_, nullptr));
-      Check(cudaEventSynchronize(end_));
-      float ms = 0.0f;
-      Check(cudaEventElapsedTime(&ms, begin_, end_));
-      if (i >= 0) us.push_back(1e3 * static_cast<double>(ms));
-    }
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
-  }
-
+  BenchMemory memory_;
+  BenchTimer timer_;
   Bf16 *q_, *k_, *v_, *out_, *band_k_, *band_v_, *compact_k_, *compact_v_;
-  uint8_t *rows_, *decisions_, *flush_;
+  uint8_t *rows_, *decisions_;
   DmsPrefillSequence* sequence_;
-  cudaEvent_t begin_, end_;
 };
 
 }  // namespace

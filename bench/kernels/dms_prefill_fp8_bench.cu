@@ -14,35 +14,12 @@
 #include <string>
 #include <vector>
 
-#include "bench/kernels/cuda_check.h"
+#include "bench/kernels/bench_memory.cuh"
+#include "bench/kernels/fill_random.cuh"
 #include "kernels/cuda/dms_prefill_fp8.h"
 
 namespace winnow::kernels {
 namespace {
-
-template <typename T>
-T* Allocate(size_t n) {
-  void* p = nullptr;
-  Check(cudaMalloc(&p, n * sizeof(T)));
-  return static_cast<T*>(p);
-}
-
-// Standard normal BF16, a pair a turn. Any grid.
-__global__ void FillNormal(__nv_bfloat162* x, int64_t pairs, uint32_t seed) {
-  const auto hash = [](uint64_t n) {
-    n = (n ^ (n >> 31)) * 0x9e3779b97f4a7c15ull;
-    n = (n ^ (n >> 29)) * 0xbf58476d1ce4e5b9ull;
-    return static_cast<uint32_t>(n >> 32);
-  };
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < pairs;
-       i += gridDim.x * int64_t{blockDim.x}) {
-    const uint64_t n = static_cast<uint64_t>(i) * 2 + (uint64_t{seed} << 40) + 1;
-    const float u = (static_cast<float>(hash(n)) + 1.0f) * 0x1p-32f;
-    const float angle = static_cast<float>(hash(n + 1)) * 0x1p-31f;
-    const float radius = sqrtf(-2.0f * logf(fminf(u, 1.0f)));
-    x[i] = __floats2bfloat162_rn(radius * cospif(angle), radius * sinpif(angle));
-  }
-}
 
 // Adds (sum of squares of a - b, of b, most of |a - b|) over n values to out[3]. Any grid.
 __global__ void Compare(const __nv_bfloat16* a, const __nv_bfloat16* b, int64_t n, double* out) {
@@ -83,30 +60,26 @@ constexpr BenchCase kCases[] = {
 };
 
 constexpr int kKvHeads = 8, kGroup = 4, kDim = kPrefillFp8Dim, kMostTokens = 131072, kWindow = 256;
-constexpr size_t kFlushBytes = size_t{256} << 20;
 
 class Bench {
  public:
   Bench() {
     const size_t rows = size_t{kMostTokens} * kKvHeads, kv = rows * kDim;
-    for (Bf16** x : {&q_, &out_, &out_fp8_}) *x = Allocate<Bf16>(kv * kGroup);
-    for (Bf16** x : {&k_, &v_, &band_k_, &band_v_}) *x = Allocate<Bf16>(kv);
+    for (Bf16** x : {&q_, &out_, &out_fp8_}) *x = memory_.Allocate<Bf16>(kv * kGroup);
+    for (Bf16** x : {&k_, &v_, &band_k_, &band_v_}) *x = memory_.Allocate<Bf16>(kv);
     for (Bf16** x : {&compact_k_, &compact_v_}) {
-      *x = Allocate<Bf16>(kv + size_t{64} * kKvHeads * kDim);
+      *x = memory_.Allocate<Bf16>(kv + size_t{64} * kKvHeads * kDim);
     }
     for (DmsPrefillFp8Rows* x : {&band_, &compact_}) {
-      *x = {.k = Allocate<uint8_t>(kv),
-            .v = Allocate<uint8_t>(kv),
-            .scales = Allocate<float>(2 * rows),
-            .inverses = Allocate<float>(rows)};
+      *x = {.k = memory_.Allocate<uint8_t>(kv),
+            .v = memory_.Allocate<uint8_t>(kv),
+            .scales = memory_.Allocate<float>(2 * rows),
+            .inverses = memory_.Allocate<float>(rows)};
     }
-    rows_ = Allocate<uint8_t>(rows * TokenBytes(KvFormatId::kFp8, kDim));
-    decisions_ = Allocate<uint8_t>(rows);
-    sequence_ = Allocate<DmsPrefillSequence>(1);
-    flush_ = Allocate<uint8_t>(kFlushBytes);
-    differences_ = Allocate<double>(3);
-    Check(cudaEventCreate(&begin_));
-    Check(cudaEventCreate(&end_));
+    rows_ = memory_.Allocate<uint8_t>(rows * TokenBytes(KvFormatId::kFp8, kDim));
+    decisions_ = memory_.Allocate<uint8_t>(rows);
+    sequence_ = memory_.Allocate<DmsPrefillSequence>(1);
+    differences_ = memory_.Allocate<double>(3);
   }
 
   void Run(const BenchCase& c, int runs) {
@@ -121,8 +94,7 @@ class Bench {
     std::uniform_real_distribution<double> uniform;
     std::vector<uint8_t> decisions(static_cast<size_t>(c.seq) * kKvHeads);
     for (uint8_t& x : decisions) x = uniform(rng) < c.keep ? 0 : 1;
-    Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice),
-          "decisions");
+    Check(cudaMemcpy(decisions_, decisions.data(), decisions.size(), cudaMemcpyHostToDevice));
     const DmsPrefillSequence sequence{.num_tokens = c.seq};
     Check(cudaMemcpy(sequence_, &sequence, sizeof(sequence), cudaMemcpyHostToDevice));
     DmsPrefillBatch batch{.sequences = sequence_,
@@ -140,7 +112,8 @@ class Bench {
                           .band_rows = c.seq,
                           .compact_rows = c.seq + 16,
                           .max_band = c.seq};
-    batch.scratch = Allocate<uint8_t>(
+    BenchMemory scratch;
+    batch.scratch = scratch.Allocate<uint8_t>(
         std::max(DmsPrefillScratchBytes(batch), DmsPrefillFp8ScratchBytes(batch)));
     const float scale = 1.0f / std::sqrt(float(kDim));
     const DmsPrefillCompactParams compact{.batch = batch,
@@ -157,17 +130,18 @@ class Bench {
         .batch = fp8, .k = k_, .v = v_, .kv_stride = kv, .decisions = decisions_, .rows = rows_};
     const DmsPrefillFp8CudaParams attention_fp8{
         .batch = fp8, .q = q_, .q_stride = kv * kGroup, .out = out_fp8_, .scale = scale};
+    timer_.set_runs(runs);
     const std::vector<double> us =
-        Medians(runs, {[&] {
-                         Check(LaunchDmsPrefillCompact(compact, nullptr));
-                         Check(LaunchDmsPrefillAttention(attention, nullptr));
-                       },
-                       [&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); },
-                       [&] {
-                         Check(LaunchDmsPrefillFp8Compact(compact_fp8, nullptr));
-                         Check(LaunchDmsPrefillFp8Attention(attention_fp8, nullptr));
-                       },
-                       [&] { Check(LaunchDmsPrefillFp8Compact(compact_fp8, nullptr)); }});
+        timer_.Medians({[&] {
+                          Check(LaunchDmsPrefillCompact(compact, nullptr));
+                          Check(LaunchDmsPrefillAttention(attention, nullptr));
+                        },
+                        [&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); },
+                        [&] {
+                          Check(LaunchDmsPrefillFp8Compact(compact_fp8, nullptr));
+                          Check(LaunchDmsPrefillFp8Attention(attention_fp8, nullptr));
+                        },
+                        [&] { Check(LaunchDmsPrefillFp8Compact(compact_fp8, nullptr)); }});
     Check(cudaMemset(differences_, 0, 3 * sizeof(double)));
     Compare<<<1024, 256>>>(reinterpret_cast<const __nv_bfloat16*>(out_fp8_),
                            reinterpret_cast<const __nv_bfloat16*>(out_), values * kGroup,
@@ -182,39 +156,16 @@ class Bench {
         std::sqrt(differences[0] / double(values * kGroup)),
         std::sqrt(differences[1] / double(values * kGroup)), differences[2]);
     std::fflush(stdout);
-    cudaFree(batch.scratch);
   }
 
  private:
-  // Of each work, one run after another of all of them.
-  std::vector<double> Medians(int runs, const std::vector<std::function<void()>>& works) {
-    std::vector<std::vector<double>> us(works.size());
-    for (int i = -2; i < runs; ++i) {
-      for (size_t n = 0; n < works.size(); ++n) {
-        Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
-        Check(cudaEventRecord(begin_, nullptr));
-        works[n]();
-        Check(cudaEventRecord(end_, nullptr));
-        Check(cudaEventSynchronize(end_));
-        float ms = 0.0f;
-        Check(cudaEventElapsedTime(&ms, begin_, end_));
-        if (i >= 0) us[n].push_back(1e3 * static_cast<double>(ms));
-      }
-    }
-    std::vector<double> medians;
-    for (std::vector<double>& x : us) {
-      std::sort(x.begin(), x.end());
-      medians.push_back(x[x.size() / 2]);
-    }
-    return medians;
-  }
-
+  BenchMemory memory_;
+  BenchTimer timer_;
   Bf16 *q_, *k_, *v_, *out_, *out_fp8_, *band_k_, *band_v_, *compact_k_, *compact_v_;
   DmsPrefillFp8Rows band_, compact_;
-  uint8_t *rows_, *decisions_, *flush_;
+  uint8_t *rows_, *decisions_;
   double* differences_;
   DmsPrefillSequence* sequence_;
-  cudaEvent_t begin_, end_;
 };
 
 }  // namespace

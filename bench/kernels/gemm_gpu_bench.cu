@@ -17,7 +17,8 @@
 #include <utility>
 #include <vector>
 
-#include "bench/kernels/cuda_check.h"
+#include "bench/kernels/bench_memory.cuh"
+#include "bench/kernels/fill_random.cuh"
 #include "bench/kernels/read_stream.cuh"
 #include "kernels/cuda/cublaslt_matmul.h"
 #include "kernels/cuda/gemv.h"
@@ -27,25 +28,6 @@
 
 namespace winnow::kernels {
 namespace {
-
-template <typename T>
-class Device {
- public:
-  explicit Device(size_t n) { Check(cudaMalloc(&data_, std::max<size_t>(n, 1) * sizeof(T))); }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-__device__ uint32_t Mix(uint64_t x) {
-  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
-  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
-  return static_cast<uint32_t>(x >> 32);
-}
 
 // Random values in [-1, 1).
 __global__ void FillBf16(uint16_t* out, int64_t n) {
@@ -105,7 +87,7 @@ class Timer {
  private:
   static constexpr size_t kFlush = size_t{256} << 20;
   cudaStream_t stream_;
-  Device<uint8_t> flush_;
+  DeviceBuffer<uint8_t> flush_;
   cudaEvent_t begin_, end_;
 };
 
@@ -220,12 +202,12 @@ class Products {
   const cudaStream_t stream_;
   const int64_t bytes_;
   const int copies_;
-  Device<uint8_t> w_;
-  Device<Bf16> x_;
-  Device<uint8_t> x_codes_;
-  Device<float> x_scale_, w_scale_, out_;
-  Device<Bf16> silu_;
-  Device<uint8_t> workspace_;
+  DeviceBuffer<uint8_t> w_;
+  DeviceBuffer<Bf16> x_;
+  DeviceBuffer<uint8_t> x_codes_;
+  DeviceBuffer<float> x_scale_, w_scale_, out_;
+  DeviceBuffer<Bf16> silu_;
+  DeviceBuffer<uint8_t> workspace_;
 };
 
 // Microseconds of one of a graph's products.

@@ -9,6 +9,7 @@
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 #include "kernels/cuda/dms_prefill_store.cuh"
+#include "kernels/cuda/dms_prefill_tiles.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 
@@ -16,9 +17,9 @@ namespace winnow::kernels {
 namespace {
 
 using internal::Four;
+using internal::kBuckets;
 using internal::NumExpirable;
 using internal::PrefillScratch;
-using internal::PrefillTile;
 using internal::StoreVector;
 
 // ---------------------------------------------------------------------------
@@ -123,72 +124,13 @@ __global__ void __launch_bounds__(kMarkThreads)
 }
 
 // ---------------------------------------------------------------------------
-// Plan: the tiles, longest first, by a counting sort on the boxes of keys. One block of
-// kThreads, whose work hides behind the other blocks' of its kernel.
-
-constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
-constexpr int kItems = 4;  // tokens of a head, a warp of the store
-constexpr int kBuckets = 2048, kBoxKeys = 128;
-
-template <int kThreads>
-__device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, int positions,
-                     int (&counts)[kBuckets], int (&warp_sums)[kThreads / 32]) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  for (int i = tid; i < kBuckets; i += kThreads) counts[i] = 0;
-  __syncthreads();
-  for (int turn = 0; turn < 2; ++turn) {  // count, then place
-    for (int sequence = 0; sequence < b.batch; ++sequence) {
-      const DmsPrefillSequence s = b.sequences[sequence];
-      const int tiles = (s.num_tokens + positions - 1) / positions * b.num_kv_heads;
-      for (int i = tid; i < tiles; i += kThreads) {
-        PrefillTile tile{.sequence = sequence,
-                         .head = i % b.num_kv_heads,
-                         .first = i / b.num_kv_heads * positions};
-        const int expired = s.num_prefix + tile.first - b.window;
-        if (expired > 0) {
-          tile.num_survivors =
-              scratch.marks[int64_t{tile.head} * b.band_rows + s.band_row + expired] >> 1;
-        } else if (b.num_survivors != nullptr) {
-          tile.num_survivors = b.num_survivors[sequence * b.num_kv_heads + tile.head];
-        } else {
-          tile.num_survivors = 0;
-        }
-        const int keys = tile.num_survivors + min(b.window, s.num_prefix + tile.first) + positions;
-        const int bucket = kBuckets - 1 - min(keys / kBoxKeys, kBuckets - 1);
-        const int at = atomicAdd(&counts[bucket], 1);
-        if (turn == 1) scratch.tiles[at] = tile;
-      }
-    }
-    __syncthreads();
-    if (turn == 1) break;
-    // Counts to first places: each thread's run of buckets, then a scan over threads.
-    constexpr int kRun = kBuckets / kThreads;
-    int sum = 0;
-    for (int i = 0; i < kRun; ++i) sum += counts[kRun * tid + i];
-    int inclusive = sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    int place = inclusive - sum;
-    for (int i = 0; i < warp; ++i) place += warp_sums[i];
-    if (tid == kThreads - 1) *scratch.num_tiles = place + sum;
-    for (int i = 0; i < kRun; ++i) {
-      const int count = counts[kRun * tid + i];
-      counts[kRun * tid + i] = place;
-      place += count;
-    }
-    __syncthreads();
-  }
-}
-
-// ---------------------------------------------------------------------------
 // Store: four lanes a K or V of one token and head, a warp four such rows of
 // [tokens, heads]. Grid (1 + pieces of the longest band, batch); the
 // first block plans. All but the place of a survivor is done before the marks are there.
 // Shared memory: the partial sums, the flat rows on their way out, and the plan's counts.
+
+constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
+constexpr int kItems = 4;  // tokens of a head, a warp
 
 template <int kDim, KvElement kK, KvElement kV>
 __global__ void __launch_bounds__(kStoreThreads)
@@ -216,7 +158,8 @@ __global__ void __launch_bounds__(kStoreThreads)
   if (blockIdx.x == 0) {
     ptx::WaitForPredecessors();
     if (blockIdx.y == 0)
-      Plan<kStoreThreads>(b, scratch, positions, shared.plan.counts, shared.plan.warp_sums);
+      internal::Plan<kStoreThreads>(b, scratch, positions, shared.plan.counts,
+                                    shared.plan.warp_sums);
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -316,7 +259,7 @@ __global__ void __launch_bounds__(kLayOutThreads)
   ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
     if (blockIdx.y == 0 && blockIdx.z == 0)
-      Plan<kLayOutThreads>(b, scratch, positions, counts, warp_sums);
+      internal::Plan<kLayOutThreads>(b, scratch, positions, counts, warp_sums);
     return;
   }
   using Lane = std::conditional_t<kDim == 128, uint4, uint2>;  // a vector is 16 of them

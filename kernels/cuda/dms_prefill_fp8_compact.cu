@@ -5,6 +5,7 @@
 #include "kernels/cuda/dms_prefill_fp8.h"
 #include "kernels/cuda/dms_prefill_fp8_marks.cuh"
 #include "kernels/cuda/dms_prefill_fp8_plan.cuh"
+#include "kernels/cuda/dms_prefill_tiles.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/store_vector.cuh"
@@ -14,13 +15,12 @@ namespace {
 
 using internal::kBuckets;
 using internal::kScanThreads;
-using internal::kStoreThreads;
-using internal::kStoreWarps;
 using internal::NumExpirable;
 using internal::PrefillScratch;
 using internal::Quarter;
 
 constexpr int kDim = kPrefillFp8Dim;
+constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
 constexpr int kTokenBytes = static_cast<int>(TokenBytes(KvFormatId::kFp8, kDim));
 
 struct CompactArgs {
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kStoreThreads)
   const DmsPrefillBatch& b = args.p.batch;
   ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
-    if (blockIdx.y == 0) internal::Plan(b, scratch, positions, memory.counts, warp_sums);
+    if (blockIdx.y == 0)
+      internal::Plan<kStoreThreads>(b, scratch, positions, memory.counts, warp_sums);
     return;
   }
   Staged& staged = memory.staged;

@@ -3,8 +3,7 @@
 #include "kernels/cuda/dms_prefill.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 
-// The scan of the keep bits and the plan, to the same marks and tiles as those of
-// dms_prefill_compact.cu.
+// The scan of the keep bits, to the same marks as dms_prefill_compact.cu's.
 namespace winnow::kernels::internal {
 
 // Marks: one block a (KV head, sequence) scans the band's keep bits. Grid
@@ -76,65 +75,6 @@ inline __device__ int MarkBand(const DmsPrefillCompactParams& p, const PrefillSc
   }
   __syncthreads();
   return expired;
-}
-
-// Plan: the tiles, longest first, by a counting sort on the boxes of keys. One block of
-// kStoreThreads, whose work hides behind the other blocks' of the store kernel.
-
-inline constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
-inline constexpr int kBuckets = 2048, kBoxKeys = 128;
-
-inline __device__ void Plan(const DmsPrefillBatch& b, const PrefillScratch& scratch, int positions,
-                            int (&counts)[kBuckets], int (&warp_sums)[kStoreWarps]) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  for (int i = tid; i < kBuckets; i += kStoreThreads) counts[i] = 0;
-  __syncthreads();
-  for (int turn = 0; turn < 2; ++turn) {  // count, then place
-    for (int sequence = 0; sequence < b.batch; ++sequence) {
-      const DmsPrefillSequence s = b.sequences[sequence];
-      const int tiles = (s.num_tokens + positions - 1) / positions * b.num_kv_heads;
-      for (int i = tid; i < tiles; i += kStoreThreads) {
-        PrefillTile tile{.sequence = sequence,
-                         .head = i % b.num_kv_heads,
-                         .first = i / b.num_kv_heads * positions};
-        const int expired = s.num_prefix + tile.first - b.window;
-        if (expired > 0) {
-          tile.num_survivors =
-              scratch.marks[int64_t{tile.head} * b.band_rows + s.band_row + expired] >> 1;
-        } else if (b.num_survivors != nullptr) {
-          tile.num_survivors = b.num_survivors[sequence * b.num_kv_heads + tile.head];
-        } else {
-          tile.num_survivors = 0;
-        }
-        const int keys = tile.num_survivors + min(b.window, s.num_prefix + tile.first) + positions;
-        const int bucket = kBuckets - 1 - min(keys / kBoxKeys, kBuckets - 1);
-        const int at = atomicAdd(&counts[bucket], 1);
-        if (turn == 1) scratch.tiles[at] = tile;
-      }
-    }
-    __syncthreads();
-    if (turn == 1) break;
-    // Counts to first places: each thread's run of buckets, then a scan over threads.
-    constexpr int kRun = kBuckets / kStoreThreads;
-    int sum = 0;
-    for (int i = 0; i < kRun; ++i) sum += counts[kRun * tid + i];
-    int inclusive = sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    if (lane == 31) warp_sums[warp] = inclusive;
-    __syncthreads();
-    int place = inclusive - sum;
-    for (int i = 0; i < warp; ++i) place += warp_sums[i];
-    if (tid == kStoreThreads - 1) *scratch.num_tiles = place + sum;
-    for (int i = 0; i < kRun; ++i) {
-      const int count = counts[kRun * tid + i];
-      counts[kRun * tid + i] = place;
-      place += count;
-    }
-    __syncthreads();
-  }
 }
 
 }  // namespace winnow::kernels::internal

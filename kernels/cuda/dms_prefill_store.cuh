@@ -1,16 +1,15 @@
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
-#include "kernels/kv_format.h"
+#include "kernels/cuda/store_vector.cuh"
 
-// One K or V quantized as kv_format's StoreRow() does, to the same bits, by four lanes.
-// Lane l of the four holds dims 16 i + 4 l + {0..3}, so that the error's sixteen partial
-// sums are the CPU's.
+// One K or V quantized as kv_format's StoreRow() does, to the same bits, by four lanes, where x
+// comes as BF16. Lane l of the four holds dims 16 i + 4 l + {0..3}, so that the error's sixteen
+// partial sums are the CPU's.
 namespace winnow::kernels::internal {
 
 struct Four {
@@ -22,32 +21,6 @@ inline __device__ uint32_t MaxOfFour(uint32_t x, const Four& four) {
   x = max(x, __shfl_xor_sync(four.mask, x, 1));
   return max(x, __shfl_xor_sync(four.mask, x, 2));
 }
-
-inline __device__ float FromHalf(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-inline __device__ uint16_t RoundToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
-
-// |x| <= 448 rounded to e4m3, both halves.
-inline __device__ float2 RoundedToE4m3(float x, float y) {
-  const __nv_fp8x2_storage_t codes =
-      __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, __NV_E4M3);
-  return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
-}
-
-// kv_format's ScaleFor().
-inline __device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code) {
-  constexpr uint16_t kHalfNan = 0x7e00, kHalfMax = 0x7bff;
-  if (amax_bits >= 0x7f800000u) return kHalfNan;
-  const float amax = __uint_as_float(amax_bits);
-  uint16_t scale = min(RoundToHalf(__fdiv_rn(amax, max_code)), kHalfMax);
-  if (scale == 0 || (scale < kHalfMax && __fmul_rn(FromHalf(scale), max_code) < amax)) ++scale;
-  return scale;
-}
-
-// A scale and its reciprocal.
-struct Scale {
-  uint16_t half;
-  float inverse;
-};
 
 // kv_format's E4m3ScaleFor(): `smallest` or sqrt(2) times it. `sums` [2][16] is the four
 // lanes' own.
@@ -117,7 +90,7 @@ __device__ void StoreVector(float4 (&x)[kN], uint32_t amax, const Four& four, fl
     }
   } else {
     constexpr float kMaxCode = KvElementTraits<kElement>::kMaxCode;
-    Scale scale{.half = ScaleFor(amax, kMaxCode)};
+    Scale scale{.half = ScaleFor(amax, kMaxCode, [](float x) { return __fdiv_rn(x, kMaxCode); })};
     scale.inverse = __frcp_rn(FromHalf(scale.half));
     const uint32_t finite = scale.half != 0x7e00 ? ~0u : 0u;  // or codes are 0, values NaN
     if constexpr (kElement == KvElement::kE4m3) {

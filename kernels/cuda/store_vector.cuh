@@ -57,12 +57,14 @@ inline __device__ float MaxOfMagnitudes(float a, float b) {
   return most;
 }
 
-// kv_format's ScaleFor().
-inline __device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code) {
+// kv_format's ScaleFor(); quotient(x) is x / max_code, rounded as float16 cannot tell from the
+// correctly rounded one.
+template <typename Quotient>
+__device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code, Quotient quotient) {
   constexpr uint16_t kHalfNan = 0x7e00, kHalfMax = 0x7bff;
   if (amax_bits >= 0x7f800000u) return kHalfNan;
   const float amax = __uint_as_float(amax_bits);
-  uint16_t scale = min(RoundToHalf(Divide(amax, max_code, 1.0f / max_code)), kHalfMax);
+  uint16_t scale = min(RoundToHalf(quotient(amax)), kHalfMax);
   if (scale == 0 || (scale < kHalfMax && __fmul_rn(FromHalf(scale), max_code) < amax)) ++scale;
   return scale;
 }
@@ -130,7 +132,9 @@ __device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* 
     for (int i = 0; i < kPairs; ++i) {
       most = MaxOfMagnitudes(most, MaxOfMagnitudes(x[i].x, x[i].y));
     }
-    const uint16_t smallest = ScaleFor(MaxOfQuarter(__float_as_uint(most), quarter), kMaxCode);
+    const uint16_t smallest =
+        ScaleFor(MaxOfQuarter(__float_as_uint(most), quarter), kMaxCode,
+                 [](float amax) { return Divide(amax, kMaxCode, 1.0f / kMaxCode); });
     const bool finite = smallest != 0x7e00;  // otherwise codes are 0 and values NaN
     Scale chosen{smallest, 0.0f};
     if constexpr (kElement == KvElement::kE4m3) {

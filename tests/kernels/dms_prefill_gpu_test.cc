@@ -11,6 +11,7 @@
 #include "kernels/cuda/dms_prefill.h"
 #include "tests/kernels/device_memory.h"
 #include "tests/kernels/dms_prefill_case.h"
+#include "tests/kernels/valid_prefill_batch.h"
 
 namespace winnow::kernels {
 namespace {
@@ -162,21 +163,7 @@ TEST_P(DmsPrefillGpu, CountsEachKeySeenOnce) {
 TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
   alignas(256) static uint8_t memory[256];
   auto* values = reinterpret_cast<Bf16*>(memory);
-  const DmsPrefillBatch good{.sequences = reinterpret_cast<DmsPrefillSequence*>(memory),
-                             .band_k = values,
-                             .band_v = values,
-                             .compact_k = values,
-                             .compact_v = values,
-                             .scratch = memory,
-                             .batch = 1,
-                             .num_kv_heads = 2,
-                             .group = 3,
-                             .head_dim = 64,
-                             .window = 1,
-                             .num_rows = 5,
-                             .band_rows = 6,
-                             .compact_rows = 14,
-                             .max_band = 6};
+  const DmsPrefillBatch good = ValidPrefillBatch(memory);
   ASSERT_TRUE(ValidateDmsPrefillBatch(good).ok()) << ValidateDmsPrefillBatch(good);
   const auto code = [&](auto change) {
     DmsPrefillBatch batch = good;

@@ -8,6 +8,7 @@
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/rope.h"
 #include "tests/kernels/device_memory.h"
+#include "tests/kernels/valid_prefill_batch.h"
 
 namespace winnow::kernels {
 namespace {
@@ -335,21 +336,7 @@ TEST(DmsPrepareParams, RefusesWhatItCannotDo) {
   alignas(256) static uint8_t memory[256];
   auto* values = reinterpret_cast<Bf16*>(memory);
   auto* floats = reinterpret_cast<float*>(memory);
-  const DmsPrepareParams good{.batch = {.sequences = reinterpret_cast<DmsPrefillSequence*>(memory),
-                                        .band_k = values,
-                                        .band_v = values,
-                                        .compact_k = values,
-                                        .compact_v = values,
-                                        .scratch = memory,
-                                        .batch = 1,
-                                        .num_kv_heads = 2,
-                                        .group = 3,
-                                        .head_dim = 64,
-                                        .window = 1,
-                                        .num_rows = 5,
-                                        .band_rows = 6,
-                                        .compact_rows = 14,
-                                        .max_band = 6},
+  const DmsPrepareParams good{.batch = ValidPrefillBatch(memory),
                               .q = values,
                               .k = values,
                               .v = values,

@@ -8,6 +8,7 @@
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/cuda/prefix_cache.h"
 #include "tests/kernels/prefix_cache_case.h"
+#include "tests/kernels/valid_prefill_batch.h"
 
 namespace winnow::kernels {
 
@@ -250,28 +251,13 @@ TEST_P(PrefixCacheGpu, ASpanWithoutPagesStays) {
 // Needs no device.
 TEST(PrefixCacheParams, AFormatOutOfRangeIsRefused) {
   alignas(256) static uint8_t memory[256];
-  auto* values = reinterpret_cast<Bf16*>(memory);
   auto* ints = reinterpret_cast<int32_t*>(memory);
-  const DmsPrefillBatch batch{.sequences = reinterpret_cast<DmsPrefillSequence*>(memory),
-                              .band_k = values,
-                              .band_v = values,
-                              .compact_k = values,
-                              .compact_v = values,
-                              .scratch = memory,
-                              .batch = 1,
-                              .num_kv_heads = 1,
-                              .group = 1,
-                              .head_dim = 64,
-                              .window = 1,
-                              .num_rows = 5,
-                              .band_rows = 6,
-                              .compact_rows = 14,
-                              .max_band = 6};
+  const DmsPrefillBatch batch = ValidPrefillBatch(memory);
   const DeviceSpans spans{.head_dim = 64,
                           .window = 1,
                           .num_layers = 1,
                           .max_sequences = 1,
-                          .num_kv_heads = 1,
+                          .num_kv_heads = 2,
                           .max_survivor_pages = 4,
                           .pages = memory,
                           .state = reinterpret_cast<SpanState*>(memory),

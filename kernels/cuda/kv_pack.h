@@ -9,6 +9,8 @@
 
 // KvPackCpu() and KvUnpackCpu() of kv_pack.h between spans in device memory and contiguous
 // staging, in the same bytes: what one packs the other unpacks. Lengths are read on the device.
+// A token whose place in a table is past its end or holds no page (a number below 0), which a
+// whole span never has, packs as zeros and is dropped in unpacking.
 namespace winnow::kernels {
 
 // Packs layers [first_layer, first_layer + num_layers) of each sequence, item by item in the order
@@ -31,15 +33,15 @@ absl::Status ValidateKvPackCuda(const KvPackCudaParams& params);
 absl::Status LaunchKvPack(const KvPackCudaParams& params, StreamHandle stream);
 
 // Fills spans of sequences, whose tables hold the pages, from packed layers.
-// REQUIRES: ParsePacked() has accepted the bytes. A count beyond a table or a page below 0 is
-// not followed, so that rubbish harms no other sequence.
+// REQUIRES: ParsePacked() has accepted the bytes. A count beyond a table is cut to it and pages
+// below 0 are not followed, so that rubbish harms no other sequence.
 struct KvUnpackCudaParams {
   DeviceSpans spans;
   const int32_t* slots = nullptr;       // device [num_seqs], all distinct; < 0: no sequence
   const int32_t* num_tokens = nullptr;  // device [num_seqs], >= 1
   int num_seqs = 0;
   int first_layer = 0, num_layers = 0;
-  const uint8_t* staging = nullptr;   // device; 16-byte aligned, its size a multiple of 4
+  const uint8_t* staging = nullptr;   // device; 16-byte aligned
   const ByteRange* ranges = nullptr;  // device [num_seqs, num_layers]; offsets multiples of 16
 };
 

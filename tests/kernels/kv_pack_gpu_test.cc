@@ -170,6 +170,20 @@ class PackGpuShapes : public PackGpu, public testing::WithParamInterface<Shape> 
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     return {.ranges = ranges.Get(), .crc = crc.Get(), .staging = staging.Get()};
   }
+  // Whether the tests of missing pages take the entry of the span's tables away.
+  static bool Missing(size_t span, int entry) {
+    return (span + static_cast<size_t>(entry)) % 2 == 0;
+  }
+  static void TakePagesAway(DeviceSpanCase& spans) {
+    for (auto* tables : {spans.survivor_pages.get(), spans.ring_pages.get()}) {
+      std::vector<int32_t> pages = tables->Get();
+      const size_t size = pages.size() / spans.state->size();
+      for (size_t i = 0; i < pages.size(); ++i) {
+        if (Missing(i / size, static_cast<int>(i % size))) pages[i] = -1;
+      }
+      tables->Set(pages);
+    }
+  }
   // Slots in reverse, with one that is not there.
   static std::vector<int32_t> Slots(const Shape& c) {
     std::vector<int32_t> slots;
@@ -272,6 +286,84 @@ TEST_P(PackGpuShapes, UnpackDoesWhatTheCpuDoes) {
     }
   }
   const Bytes pages = to.pages->Get();
+  EXPECT_EQ(std::memcmp(pages.data(), to.layout().pages, pages.size()), 0);
+}
+
+// A token without a page is zeros on the wire, and on the way back it is dropped: the other tokens
+// come and go as before, and pages that no table names keep their bytes.
+TEST_P(PackGpuShapes, MissingPages) {
+  const Shape& c = GetParam();
+  const std::vector<SpanLength> lengths = Lengths(c, 4);
+  DeviceSpanCase spans(SpanShape(c, 3), c.num_seqs, lengths);
+  const std::vector<int32_t> slots = Slots(c);
+  Packed packed = OnTheCpu(spans, slots);
+  const Packed whole = packed;
+  const size_t row_bytes = TokenBytes(c.format, c.head_dim);
+  const int slots_per_page = SlotsPerPage(c.format, c.head_dim);
+  for (size_t item = 0; item < packed.ranges.size(); ++item) {
+    const int32_t slot = slots[item / static_cast<size_t>(c.num_layers)];
+    if (slot < 0) continue;
+    const int layer = static_cast<int>(item % static_cast<size_t>(c.num_layers));
+    uint8_t* start = packed.staging.data() + packed.ranges[item].offset;
+    uint8_t* row = start + static_cast<size_t>(c.num_kv_heads) * kPackedHeadBytes;
+    for (int g = 0; g < c.num_kv_heads; ++g) {
+      const Span& span = spans.span(layer, slot, g);
+      for (int i = 0; i < span.num_survivors + span.num_ring; ++i, row += row_bytes) {
+        const int age = i - span.num_survivors;
+        const int at = age < 0 ? i : (span.ring_start + age) % c.window;
+        if (Missing(spans.Index(layer, slot, g), at / slots_per_page)) {
+          std::fill_n(row, row_bytes, uint8_t{0});
+        }
+      }
+      row += row_bytes + static_cast<size_t>(span.num_ring);
+    }
+    packed.crc[item] = Crc32c(start, static_cast<size_t>(packed.ranges[item].bytes));
+  }
+  TakePagesAway(spans);
+  const Packed got = OnTheGpu(spans, slots, packed.staging.size());
+  EXPECT_TRUE(Same(got.ranges, packed.ranges));
+  EXPECT_TRUE(got.staging == packed.staging);
+  EXPECT_EQ(got.crc, packed.crc);
+
+  DeviceSpanCase to(SpanShape(c, 5), c.num_seqs, lengths);
+  const Bytes before = to.pages->Get();
+  TakePagesAway(to);
+  const DeviceArray<uint8_t> staging(whole.staging);
+  const DeviceArray<ByteRange> ranges(whole.ranges);
+  const DeviceArray<int32_t> d_slots(slots),
+      num_tokens(std::vector<int32_t>(slots.size(), c.num_tokens));
+  ASSERT_TRUE(LaunchKvUnpack({.spans = to.device(),
+                              .slots = d_slots.get(),
+                              .num_tokens = num_tokens.get(),
+                              .num_seqs = static_cast<int>(slots.size()),
+                              .num_layers = c.num_layers,
+                              .staging = staging.get(),
+                              .ranges = ranges.get()},
+                             nullptr)
+                  .ok());
+  const Bytes pages = to.pages->Get();
+  for (size_t item = 0; item < whole.ranges.size(); ++item) {
+    const int32_t slot = slots[item / static_cast<size_t>(c.num_layers)];
+    if (slot < 0) continue;
+    const int layer = static_cast<int>(item % static_cast<size_t>(c.num_layers));
+    const uint8_t* data = whole.staging.data() + whole.ranges[item].offset;
+    std::vector<PackedHead> heads(static_cast<size_t>(c.num_kv_heads));
+    ASSERT_TRUE(ParsePacked(to.layout(), c.num_kv_heads, c.num_tokens, data,
+                            static_cast<size_t>(whole.ranges[item].bytes), heads.data())
+                    .ok());
+    KvUnpackCpu(to.layout(), c.num_kv_heads, c.num_tokens, data, heads.data(),
+                &to.span(layer, slot, 0));
+    for (int g = 0; g < c.num_kv_heads; ++g) {
+      const Span& span = to.span(layer, slot, g);
+      for (const PageTable* table : {&span.survivors, &span.ring}) {
+        for (int entry = 0; entry < table->num_pages; ++entry) {
+          if (!Missing(to.Index(layer, slot, g), entry)) continue;
+          std::copy_n(before.data() + table->At(entry) * PageBytes(c.head_dim),
+                      PageBytes(c.head_dim), to.layout().Page(table->At(entry)));
+        }
+      }
+    }
+  }
   EXPECT_EQ(std::memcmp(pages.data(), to.layout().pages, pages.size()), 0);
 }
 

@@ -6,16 +6,18 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_prepare.h"
+#include "kernels/cuda/head_vector.cuh"
 #include "kernels/cuda/span_token.cuh"
-#include "kernels/cuda/store_row.cuh"
+#include "kernels/cuda/store_vector.cuh"
 
 namespace winnow::kernels {
 namespace {
 
 using device::CopyToken;
-using device::HeadLanes;
 using device::Place;
 using device::TokenShape;
+using internal::HeadVector;
+using internal::Quarter;
 
 struct Args {
   DmsCompactParams c;
@@ -32,70 +34,40 @@ struct Args {
   bool rotated;
 };
 
+// Eight lanes a vector, as head_vector.cuh has it; `lane` is the one in the eight. Not all of
+// them get 8-byte aligned vectors.
 template <int kDim>
-__device__ __forceinline__ void LoadHead(const float* in, int lane, HeadLanes<kDim>& x) {
+__device__ __forceinline__ void LoadHead(const float* in, int lane, HeadVector<kDim>& x) {
 #pragma unroll
-  for (int i = 0; i < kDim / 32; ++i) x[i] = in[lane + 32 * i];
+  for (int i = 0; i < kDim / 16; ++i) {
+    x[i] = make_float2(in[16 * i + 2 * lane], in[16 * i + 2 * lane + 1]);
+  }
 }
 
 // One RMSNorm over a head, as dms_compact.cc's: the sum of squares runs upwards.
-// `scratch` [kDim] is the warp's, 16-byte aligned.
+// `squares` [kDim] is the eight lanes', 16-byte aligned.
 template <int kDim>
-__device__ __forceinline__ void NormHead(const float* weight, float eps, int lane, float* scratch,
-                                         HeadLanes<kDim>& x) {
-  __syncwarp();
+__device__ __forceinline__ void NormHead(const HeadVector<kDim>& weight, float eps,
+                                         const Quarter& quarter, float* squares,
+                                         HeadVector<kDim>& x) {
 #pragma unroll
-  for (int i = 0; i < kDim / 32; ++i) scratch[lane + 32 * i] = __fmul_rn(x[i], x[i]);
-  __syncwarp();
+  for (int i = 0; i < kDim / 16; ++i) {
+    *reinterpret_cast<float2*>(squares + 16 * i + 2 * quarter.lane) =
+        make_float2(__fmul_rn(x[i].x, x[i].x), __fmul_rn(x[i].y, x[i].y));
+  }
+  __syncwarp(quarter.mask);
   float sum = 0.0f;
 #pragma unroll 8
   for (int d = 0; d < kDim; d += 4) {
-    const float4 y = *reinterpret_cast<const float4*>(scratch + d);
+    const float4 y = *reinterpret_cast<const float4*>(squares + d);
     sum = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(sum, y.x), y.y), y.z), y.w);
   }
   const float mean = __fdiv_rn(sum, static_cast<float>(kDim));
   const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
 #pragma unroll
-  for (int i = 0; i < kDim / 32; ++i) {
-    x[i] = __fmul_rn(__fmul_rn(x[i], scale), weight[lane + 32 * i]);
-  }
-}
-
-template <int kDim>
-__device__ __forceinline__ void RopeHead(const float* cos, const float* sin, int lane,
-                                         HeadLanes<kDim>& x) {
-#pragma unroll
-  for (int i = 0; i < kDim / 64; ++i) {
-    const float a = x[i], b = x[i + kDim / 64];
-    const float c = cos[lane + 32 * i], s = sin[lane + 32 * i];
-    x[i] = __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
-    x[i + kDim / 64] = __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s));
-  }
-}
-
-// HadamardRotate(): the product, then butterflies of width 1, 2, 4, ...
-template <int kDim>
-__device__ __forceinline__ void RotateHead(int lane, HeadLanes<kDim>& x) {
-  const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(kDim)));
-#pragma unroll
-  for (int i = 0; i < kDim / 32; ++i) x[i] = __fmul_rn(x[i], scale);
-#pragma unroll
-  for (int half = 1; half < 32; half *= 2) {
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      const float other = __shfl_xor_sync(0xffffffffu, x[i], half);
-      x[i] = (lane & half) != 0 ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
-    }
-  }
-#pragma unroll
-  for (int half = 1; half < kDim / 32; half *= 2) {
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      if ((i & half) != 0) continue;
-      const float a = x[i], b = x[i + half];
-      x[i] = __fadd_rn(a, b);
-      x[i + half] = __fsub_rn(a, b);
-    }
+  for (int i = 0; i < kDim / 16; ++i) {
+    x[i].x = __fmul_rn(__fmul_rn(x[i].x, scale), weight[i].x);
+    x[i].y = __fmul_rn(__fmul_rn(x[i].y, scale), weight[i].y);
   }
 }
 
@@ -105,12 +77,20 @@ __device__ __forceinline__ float RoundedToBf16(float x) {
   return __uint_as_float(((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) << 16);
 }
 
-// Grid (KV heads, sequences), block of group + 2 warps: one a query head, one for K and V,
-// the last for the decision and the moves. Shared memory: the new row, and a head a warp for
-// the norm's ordered sum.
+// Shared memory of eight lanes: a head for the norm's ordered sum, and the partial sums of a
+// quantization's error. The four of a warp meet different banks.
+template <int kDim>
+inline constexpr int kScratchFloats = kDim + 32 + 4;
+
+// The vectors of a (sequence, KV head): its queries, K and V, eight lanes each.
+__host__ __device__ constexpr int VectorWarps(int group) { return (group + 2 + 3) / 4; }
+
+// Grid (KV heads, sequences), block of VectorWarps() warps and one for the decision and the
+// moves.
 template <KvElement kK, KvElement kV, int kDim>
-__global__ void __launch_bounds__(1024) DecodePrepareKernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(288) DecodePrepareKernel(const __grid_constant__ Args args) {
   using T = TokenShape<kK, kDim>;
+  constexpr int kParts = kDim / 16;
   extern __shared__ __align__(16) float scratch[];
   __shared__ __align__(16) uint8_t row[2 * T::kRowBytes + 4];
   const DmsCompactParams& c = args.c;
@@ -120,36 +100,50 @@ __global__ void __launch_bounds__(1024) DecodePrepareKernel(const __grid_constan
   if (slot_of_cache < 0) return;
   const int64_t span = static_cast<int64_t>(slot_of_cache) * c.num_kv_heads + g;
   uint8_t* newest = args.newest + span * args.newest_stride;
-  float* own_scratch = scratch + warp * kDim;
-  const int64_t table = static_cast<int64_t>(c.positions[s]) * (kDim / 2);
-  const float* cos = c.rope_cos + table;
-  const float* sin = c.rope_sin + table;
-  HeadLanes<kDim> x;
+  const Quarter quarter{.lane = lane % 8, .mask = 0xffu << (lane & ~7)};
+  float* squares = scratch + threadIdx.x / 8 * kScratchFloats<kDim>;
+  HeadVector<kDim> x;
 
-  if (warp < args.group) {
-    const int h = g * args.group + warp;
-    LoadHead<kDim>(c.q + s * c.q_stride + static_cast<int64_t>(h) * kDim, lane, x);
-    if (c.q_norm != nullptr) NormHead<kDim>(c.q_norm, c.norm_eps, lane, own_scratch, x);
-    const bool zero = warp == 0 && c.rule.zeroing != ChannelZeroing::kNone && lane == 31;
-    if (zero) x[kDim / 32 - 1] = 0.0f;
-    RopeHead<kDim>(cos, sin, lane, x);
-    if (zero && c.rule.zeroing == ChannelZeroing::kBeforeAndAfterRope) x[kDim / 32 - 1] = 0.0f;
-    if (args.rotated) RotateHead<kDim>(lane, x);
-    float* out = c.q_out + (static_cast<int64_t>(s) * c.num_heads + h) * kDim;
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) out[lane + 32 * i] = x[i];
-  } else if (warp == args.group) {
-    LoadHead<kDim>(c.k + s * c.k_stride + static_cast<int64_t>(g) * kDim, lane, x);
-    HeadLanes<kDim> v;
-    LoadHead<kDim>(c.v + s * c.v_stride + static_cast<int64_t>(g) * kDim, lane, v);
-    if (c.k_norm != nullptr) NormHead<kDim>(c.k_norm, c.norm_eps, lane, own_scratch, x);
-    RopeHead<kDim>(cos, sin, lane, x);
-    if (args.rotated) {
-      RotateHead<kDim>(lane, x);
-      RotateHead<kDim>(lane, v);
+  if (warp < VectorWarps(args.group)) {
+    const int vector = static_cast<int>(threadIdx.x) / 8;
+    const bool is_query = vector < args.group, is_key = vector == args.group;
+    const int h = g * args.group + vector;
+    LoadHead<kDim>(is_query ? c.q + s * c.q_stride + static_cast<int64_t>(h) * kDim
+                   : is_key ? c.k + s * c.k_stride + static_cast<int64_t>(g) * kDim
+                            : c.v + s * c.v_stride + static_cast<int64_t>(g) * kDim,
+                   quarter.lane, x);
+    const float* norm = is_query ? c.q_norm : is_key ? c.k_norm : nullptr;
+    const bool roped = is_query || is_key;
+    HeadVector<kDim> weight;  // like the tables, on its way before the sum of squares
+    HeadVector<kDim / 2> cos, sin;
+    if (norm != nullptr) LoadHead<kDim>(norm, quarter.lane, weight);
+    if (roped) {
+      const int64_t table = static_cast<int64_t>(c.positions[s]) * (kDim / 2);
+      LoadHead<kDim / 2>(c.rope_cos + table, quarter.lane, cos);
+      LoadHead<kDim / 2>(c.rope_sin + table, quarter.lane, sin);
     }
-    device::StoreElements<kK, kDim>(x, lane, row, row + 2 * T::kRowBytes);
-    device::StoreElements<kV, kDim>(v, lane, row + T::kRowBytes, row + 2 * T::kRowBytes + 2);
+    if (norm != nullptr) NormHead<kDim>(weight, c.norm_eps, quarter, squares, x);
+    const bool zero = vector == 0 && c.rule.zeroing != ChannelZeroing::kNone && quarter.lane == 7;
+    if (zero) x[kParts - 1].y = 0.0f;
+    if (roped) internal::RopeVector<kDim>(cos, sin, x);
+    if (zero && c.rule.zeroing == ChannelZeroing::kBeforeAndAfterRope) x[kParts - 1].y = 0.0f;
+    if (args.rotated) internal::RotateVector<kDim>(quarter.lane, x);
+    if (is_query) {
+      float* out = c.q_out + (static_cast<int64_t>(s) * c.num_heads + h) * kDim;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        out[16 * i + 2 * quarter.lane] = x[i].x;
+        out[16 * i + 2 * quarter.lane + 1] = x[i].y;
+      }
+    } else if (vector < args.group + 2) {
+      uint8_t* codes = row + (is_key ? 0 : T::kRowBytes);
+      uint8_t* scale = row + 2 * T::kRowBytes + (is_key ? 0 : 2);
+      if (kK == kV || is_key) {
+        internal::StoreVector<kK>(x, quarter, squares + kDim, codes, scale);
+      } else {
+        internal::StoreVector<kV>(x, quarter, squares + kDim, codes, scale);
+      }
+    }
   } else {
     // The decision of the group's first query head, or of the layer's.
     const int decider = c.rule.per_layer ? 0 : g;
@@ -160,12 +154,14 @@ __global__ void __launch_bounds__(1024) DecodePrepareKernel(const __grid_constan
         evict = __fsub_rn(__fmul_rn(u, c.rule.scale), c.rule.offset) > 0.0f;
       }
     } else if (c.rule.source != DecisionSource::kNone) {
-      LoadHead<kDim>(c.q + s * c.q_stride + static_cast<int64_t>(decider) * args.group * kDim, lane,
-                     x);
+      LoadHead<kDim>(c.q + s * c.q_stride + static_cast<int64_t>(decider) * args.group * kDim,
+                     quarter.lane, x);
       if (c.rule.source == DecisionSource::kBorrowedAfterQNorm && c.q_norm != nullptr) {
-        NormHead<kDim>(c.q_norm, c.norm_eps, lane, own_scratch, x);
+        HeadVector<kDim> weight;
+        LoadHead<kDim>(c.q_norm, quarter.lane, weight);
+        NormHead<kDim>(weight, c.norm_eps, quarter, squares, x);
       }
-      float u = __shfl_sync(0xffffffffu, x[kDim / 32 - 1], 31);
+      float u = __shfl_sync(0xffffffffu, x[kParts - 1].y, 7);
       if (c.rule.round_to_bf16) u = RoundedToBf16(u);
       evict = __fsub_rn(__fmul_rn(u, c.rule.scale), c.rule.offset) > 0.0f;
     }
@@ -209,7 +205,7 @@ __global__ void __launch_bounds__(1024) DecodePrepareKernel(const __grid_constan
     if (lane == 0 && args.window > 0) flags[args.window] = args.shift == 0 && evict ? 1 : 0;
   }
   __syncthreads();  // the old newest token has moved, the new row is written
-  if (warp == args.group) {
+  if (warp == 0) {
     for (int i = lane * 4; i < static_cast<int>(sizeof(row)); i += 128) {
       if (T::kScaled || i < 2 * T::kRowBytes) {
         *reinterpret_cast<uint32_t*>(newest + i) = *reinterpret_cast<const uint32_t*>(row + i);
@@ -222,12 +218,13 @@ template <KvElement kK, KvElement kV>
 void Enqueue(const Args& args, int head_dim, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.c.num_kv_heads),
                   static_cast<unsigned>(args.c.num_tokens));
-  const unsigned warps = static_cast<unsigned>(args.group) + 2;
-  const size_t bytes = warps * static_cast<size_t>(head_dim) * sizeof(float);
+  const unsigned warps = static_cast<unsigned>(VectorWarps(args.group)) + 1;
   if (head_dim == 64) {
-    DecodePrepareKernel<kK, kV, 64><<<grid, warps * 32, bytes, stream>>>(args);
+    constexpr size_t kBytes = 4 * kScratchFloats<64> * sizeof(float);
+    DecodePrepareKernel<kK, kV, 64><<<grid, warps * 32, warps * kBytes, stream>>>(args);
   } else {
-    DecodePrepareKernel<kK, kV, 128><<<grid, warps * 32, bytes, stream>>>(args);
+    constexpr size_t kBytes = 4 * kScratchFloats<128> * sizeof(float);
+    DecodePrepareKernel<kK, kV, 128><<<grid, warps * 32, warps * kBytes, stream>>>(args);
   }
 }
 

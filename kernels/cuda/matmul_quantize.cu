@@ -6,31 +6,23 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul_quantize.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/silu.cuh"
+#include "kernels/cuda/vector_io.cuh"
 
 namespace winnow::kernels {
 namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ void Unpack(const Bf16* from, float (&v)[8]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  const uint32_t packed[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = __uint_as_float(packed[i] << 16);
-    v[2 * i + 1] = __uint_as_float(packed[i] & 0xffff0000u);
-  }
-}
-
 template <bool kSiluMul>
-__device__ __forceinline__ void Values(const Bf16* row, int j, int k, float (&v)[8]) {
-  Unpack(row + j, v);
+__device__ __forceinline__ device::Floats<8> Values(const Bf16* row, int j, int k) {
+  device::Floats<8> x = device::Load<8>(row + j);
   if constexpr (kSiluMul) {
-    float up[8];
-    Unpack(row + k + j, up);
+    const device::Floats<8> up = device::Load<8>(row + k + j);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = v[i] / (1.0f + expf(-v[i])) * up[i];
+    for (int i = 0; i < 8; ++i) x.v[i] = device::SiluTimes(x.v[i], up.v[i]);
   }
+  return x;
 }
 
 // Grid: a block a row, which it reads twice, from L1 the second time.
@@ -42,10 +34,9 @@ __global__ void __launch_bounds__(kThreads) QuantizeRowsKernel(const QuantizeRow
   const int thread = static_cast<int>(threadIdx.x);
   uint32_t max_bits = 0;  // as integers, NaN and infinity are the largest
   for (int j = 8 * thread; j < p.k; j += 8 * kThreads) {
-    float v[8];
-    Values<kSiluMul>(row, j, p.k, v);
+    const device::Floats<8> x = Values<kSiluMul>(row, j, p.k);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) max_bits = max(max_bits, __float_as_uint(v[i]) & 0x7fffffffu);
+    for (int i = 0; i < 8; ++i) max_bits = max(max_bits, __float_as_uint(x.v[i]) & 0x7fffffffu);
   }
   max_bits = __reduce_max_sync(0xffffffffu, max_bits);
   if (thread % 32 == 0) warp_max[thread / 32] = max_bits;
@@ -57,15 +48,14 @@ __global__ void __launch_bounds__(kThreads) QuantizeRowsKernel(const QuantizeRow
                              : __uint_as_float(0x7fc00000u);
   if (thread == 0) p.scale[blockIdx.x] = scale;
   for (int j = 8 * thread; j < p.k; j += 8 * kThreads) {
-    float v[8];
-    Values<kSiluMul>(row, j, p.k, v);
+    const device::Floats<8> x = Values<kSiluMul>(row, j, p.k);
     uint32_t codes[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const auto pair = [&](int first) {
         return uint32_t{__nv_cvt_float2_to_fp8x2(
-            make_float2(__fdiv_rn(v[first], scale), __fdiv_rn(v[first + 1], scale)), __NV_SATFINITE,
-            __NV_E4M3)};
+            make_float2(__fdiv_rn(x.v[first], scale), __fdiv_rn(x.v[first + 1], scale)),
+            __NV_SATFINITE, __NV_E4M3)};
       };
       codes[i] = finite ? pair(4 * i) | pair(4 * i + 2) << 16 : 0;
     }

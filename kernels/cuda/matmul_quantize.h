@@ -9,7 +9,7 @@
 // Rows to e4m3 with one scale each: activations before an FP8 product, and weights once, when
 // they are loaded.
 //
-//   v[i, j] = x[i, j], or with silu_mul  silu(x[i, j]) * x[i, k + j] in float
+//   v[i, j] = x[i, j], or with silu_mul  silu(x[i, j]) * x[i, k + j] with swiglu.h's bits
 //   scale[i] = max(max_j |v[i, j]|, 2^-100) / 448,  code[i, j] = e4m3(v[i, j] / scale[i])
 //
 // so |v - scale * code| <= max(2^-4 |v|, 2^-10 scale), and of a float rounding of the quotient

@@ -5,7 +5,9 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 #include "kernels/cuda/layer_spans.cuh"
+#include "kernels/cuda/page_pool.cuh"
 #include "kernels/cuda/prefix_cache.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/span_token.cuh"
 
 namespace winnow::kernels {
@@ -39,27 +41,16 @@ __device__ Line LineOf(const DmsPrefillBatch& b, const PrefillScratch& scratch,
           .marks = scratch.marks + int64_t{g} * b.band_rows + s.band_row};
 }
 
-// Takes `wanted` pages off the end of the free list, or none if it has less. The index of
-// the first, or -1.
-__device__ int TakeAll(int32_t* num_free, int wanted) {
-  int free = *static_cast<volatile int32_t*>(num_free);
-  while (free >= wanted) {
-    const int seen = atomicCAS(num_free, free, free - wanted);
-    if (seen == free) return free - wanted;
-    free = seen;
-  }
-  return -1;
-}
-
-// Pages and counters: a warp a span.
+// Pages and counters. Grid (KV heads, batch): a block a span.
 __global__ void __launch_bounds__(kThreads)
     AppendPagesKernel(const __grid_constant__ CacheAppendParams p, const LayerSpans spans,
                       const PrefillScratch scratch, int slots) {
+  __shared__ int first_taken;
+  ptx::WaitForPredecessors();
+  ptx::LetDependentsStart();
   const DmsPrefillBatch& b = p.batch;
-  const int index = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (index >= b.batch * b.num_kv_heads) return;
-  const int sequence = index / b.num_kv_heads, g = index % b.num_kv_heads;
+  const int sequence = static_cast<int>(blockIdx.y), g = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
   const DmsPrefillSequence s = b.sequences[sequence];
   const int slot_of_cache = p.slots[sequence];
   if (slot_of_cache < 0 || s.num_tokens == 0) return;
@@ -77,23 +68,27 @@ __global__ void __launch_bounds__(kThreads)
   const int first_survivor = pages(before.num_survivors), first_ring = pages(before.num_ring);
   const int num_survivors = pages(state.num_survivors) - first_survivor;
   const int wanted = num_survivors + pages(state.num_ring) - first_ring;
-  int first = 0;
-  if (lane == 0 && wanted > 0) {
-    first = pages(state.num_survivors) > spans.max_survivor_pages
-                ? -1
-                : TakeAll(p.pool.num_free, wanted);
-    if (first < 0) *p.pool.exhausted = 1;
+  if (thread == 0) {
+    int first = 0;
+    if (wanted > 0 && (pages(state.num_survivors) > spans.max_survivor_pages ||
+                       device::TakePages(p.pool.num_free, wanted, wanted, &first) == 0)) {
+      first = -1;
+      *p.pool.exhausted = 1;
+    }
+    first_taken = first;
   }
-  first = __shfl_sync(kAll, first, 0);
+  __syncthreads();  // all have read the state
+  const int first = first_taken;
   if (first < 0) return;
-  for (int i = lane; i < wanted; i += 32) {
+#pragma unroll 4
+  for (int i = thread; i < wanted; i += kThreads) {
     int32_t* to =
         i < num_survivors
             ? spans.survivor_pages + span * spans.max_survivor_pages + first_survivor + i
             : spans.ring_pages + span * spans.ring_pages_per_span + first_ring + i - num_survivors;
     *to = p.pool.free_pages[first + i];
   }
-  if (lane == 0) spans.state[span] = state;
+  if (thread == 0) spans.state[span] = state;
 }
 
 // The tokens, eight lanes a token. Who writes a place has read before what lay there: a token
@@ -106,6 +101,7 @@ __global__ void __launch_bounds__(kThreads)
                        const PrefillScratch scratch) {
   using T = TokenShape<kElement, kDim>;
   constexpr int kTokenBytes = 2 * T::kRowBytes + (T::kScaled ? 4 : 0);
+  ptx::WaitForPredecessors();
   const DmsPrefillBatch& b = p.batch;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int sequence = static_cast<int>(blockIdx.y), g = static_cast<int>(blockIdx.z);
@@ -192,8 +188,8 @@ absl::Status EnqueueTokens(const CacheAppendParams& p, const LayerSpans& spans,
                      (std::max(b.max_band - 1 - spans.window, 0) + kThreads - 1) / kThreads;
   const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(b.batch),
                   static_cast<unsigned>(b.num_kv_heads));
-  AppendTokensKernel<kElement, kDim><<<grid, kThreads, 0, stream>>>(p, spans, scratch);
-  return CudaStatus(cudaGetLastError());
+  return LaunchEarly(AppendTokensKernel<kElement, kDim>, grid, kThreads, 0, stream, p, spans,
+                     scratch);
 }
 
 }  // namespace
@@ -216,10 +212,9 @@ absl::Status LaunchCacheAppend(const CacheAppendParams& params, StreamHandle str
   if (b.batch == 0 || b.max_band == 0) return absl::OkStatus();
   const LayerSpans spans = internal::LayerOf(params.spans, params.layer);
   const PrefillScratch scratch = internal::ScratchOf(b);
-  const int num_spans = b.batch * b.num_kv_heads;
-  AppendPagesKernel<<<static_cast<unsigned>((num_spans + kWarps - 1) / kWarps), kThreads, 0,
-                      stream>>>(params, spans, scratch, params.spans.slots_per_page());
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  const dim3 grid(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
+  WINNOW_RETURN_IF_ERROR(LaunchEarly(AppendPagesKernel, grid, kThreads, 0, stream, params, spans,
+                                     scratch, params.spans.slots_per_page()));
   const bool bf16 = params.spans.format == KvFormatId::kBf16;
   if (b.head_dim == 64) {
     return bf16 ? EnqueueTokens<KvElement::kBf16, 64>(params, spans, scratch, stream)

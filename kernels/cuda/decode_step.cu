@@ -4,6 +4,7 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_step.h"
+#include "kernels/cuda/page_pool.cuh"
 
 namespace winnow::kernels {
 namespace {
@@ -50,20 +51,6 @@ __device__ int BlockExclusiveSum(int x, int (&warp_sums)[kWarps], int* total) {
   return before + sum - x;
 }
 
-// Takes up to `wanted` pages off the end of the free list; *first is the index of the first of
-// those it got. What is not there is not taken, so the count is never below 0.
-__device__ int TakePages(int32_t* num_free, int wanted, int* first) {
-  int free = *static_cast<volatile int32_t*>(num_free);
-  while (true) {
-    const int taken = min(wanted, max(free, 0));
-    *first = free - taken;
-    if (taken == 0) return 0;
-    const int seen = atomicCAS(num_free, free, free - taken);
-    if (seen == free) return taken;
-    free = seen;
-  }
-}
-
 // Grid: a thread a span. A block's pages are counted, summed and taken at once.
 __global__ void __launch_bounds__(kThreads)
     DecodeStepKernel(const DecodeStepParams p, const Shape shape) {
@@ -104,7 +91,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   int total;
   const int before = BlockExclusiveSum(page_at != nullptr ? 1 : 0, warp_sums, &total);
-  if (threadIdx.x == 0 && total > 0) taken = TakePages(p.pool.num_free, total, &first);
+  if (threadIdx.x == 0 && total > 0) {
+    taken = device::TakePages(p.pool.num_free, total, 1, &first);
+  }
   __syncthreads();
   if (span < 0) return;
   if (full_table || (page_at != nullptr && before >= taken)) {

@@ -39,13 +39,13 @@ __device__ __forceinline__ void RotateVector(int lane, HeadVector<kDim>& x) {
   }
 #pragma unroll
   for (int half = 1; half < 8; half *= 2) {
-    const bool upper = (lane & half) != 0;
+    const float sign = (lane & half) != 0 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float a = __shfl_xor_sync(0xffffffffu, x[i].x, half);
       const float b = __shfl_xor_sync(0xffffffffu, x[i].y, half);
-      x[i].x = upper ? __fsub_rn(a, x[i].x) : __fadd_rn(x[i].x, a);
-      x[i].y = upper ? __fsub_rn(b, x[i].y) : __fadd_rn(x[i].y, b);
+      x[i].x = __fmaf_rn(x[i].x, sign, a);  // the product is exact: a sum or a difference
+      x[i].y = __fmaf_rn(x[i].y, sign, b);
     }
   }
 #pragma unroll

@@ -4,6 +4,7 @@
 
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill_plan.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/layer_spans.cuh"
 #include "kernels/cuda/page_pool.cuh"
 #include "kernels/cuda/prefix_cache.h"

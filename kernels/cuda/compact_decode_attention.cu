@@ -70,26 +70,22 @@ absl::StatusOr<CUtensorMap> PagesMap(const DeviceSpans& spans) {
 
 absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaParams& p) {
   const DeviceSpans& spans = p.spans;
+  WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans("compact_decode_attention", spans));
   if (spans.head_dim != 64 && spans.head_dim != 128) {
     return absl::UnimplementedError(
         absl::StrCat("compact_decode_attention: head_dim=", spans.head_dim, " is not 64 or 128"));
   }
-  if (p.num_seqs < 0 || p.num_heads < 1 || spans.num_kv_heads < 1 ||
-      p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 || p.layer >= spans.num_layers ||
-      spans.window < 0 || p.plan.max_pieces < 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "compact_decode_attention: num_seqs=", p.num_seqs, " num_heads=", p.num_heads,
-        " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ", spans.num_layers,
-        " window=", spans.window, " max_pieces=", p.plan.max_pieces));
+  if (p.num_seqs < 0 || p.num_heads < 1 || p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 ||
+      p.layer >= spans.num_layers || p.plan.max_pieces < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("compact_decode_attention: num_seqs=", p.num_seqs, " num_heads=", p.num_heads,
+                     " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ",
+                     spans.num_layers, " max_pieces=", p.plan.max_pieces));
   }
   if (p.num_heads / spans.num_kv_heads > kMaxDecodeGroup) {
     return absl::UnimplementedError(
         absl::StrCat("compact_decode_attention: ", p.num_heads / spans.num_kv_heads,
                      " query heads a KV head, more than ", kMaxDecodeGroup));
-  }
-  if (spans.pages == nullptr || spans.survivor_pages == nullptr || spans.newest == nullptr ||
-      (spans.window > 0 && spans.ring_pages == nullptr)) {
-    return absl::InvalidArgumentError("compact_decode_attention: an array of spans is null");
   }
   if (p.plan.pieces == nullptr || p.plan.num_pieces == nullptr || p.plan.next_piece == nullptr ||
       p.plan.arrivals == nullptr || p.plan.partial_out == nullptr ||
@@ -101,10 +97,10 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
         "compact_decode_attention: q is null or not exactly one of out_f32 and out_bf16 is set");
   }
   if (!Aligned(p.q, 16) || !Aligned(p.out_f32, 16) || !Aligned(p.out_bf16, 8) ||
-      !Aligned(p.plan.pieces, 32) || !Aligned(spans.pages, 16) || !Aligned(spans.newest, 16) ||
-      !Aligned(p.plan.partial_out, 16) || !Aligned(p.plan.partial_norm, 8)) {
+      !Aligned(p.plan.pieces, 32) || !Aligned(p.plan.partial_out, 16) ||
+      !Aligned(p.plan.partial_norm, 8)) {
     return absl::InvalidArgumentError(
-        "compact_decode_attention: q, an output, pages, newest or an array of plan is misaligned");
+        "compact_decode_attention: q, an output or an array of plan is misaligned");
   }
   return absl::OkStatus();
 }

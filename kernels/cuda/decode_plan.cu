@@ -6,6 +6,7 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_plan.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace winnow::kernels {
 namespace {
@@ -208,18 +209,16 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 
 absl::Status ValidateDecodePlan(const DecodePlanParams& p) {
-  if (p.num_seqs < 0 || p.spans.num_layers < 1 || p.spans.num_kv_heads < 1 ||
-      p.spans.max_sequences < 1 || p.spans.window < 0 || p.plan.max_pieces < 1) {
+  WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans("decode_plan", p.spans));
+  if (p.num_seqs < 0 || p.plan.max_pieces < 1) {
     return absl::InvalidArgumentError(
-        absl::StrCat("decode_plan: num_seqs=", p.num_seqs, " num_layers=", p.spans.num_layers,
-                     " num_kv_heads=", p.spans.num_kv_heads,
-                     " max_sequences=", p.spans.max_sequences, " max_pieces=", p.plan.max_pieces));
+        absl::StrCat("decode_plan: num_seqs=", p.num_seqs, " max_pieces=", p.plan.max_pieces));
   }
-  if (p.slots == nullptr || p.spans.state == nullptr || p.plan.pieces == nullptr ||
+  if (p.slots == nullptr || p.plan.pieces == nullptr || !Aligned(p.plan.pieces, 32) ||
       p.plan.num_pieces == nullptr || p.plan.overflow == nullptr) {
-    return absl::InvalidArgumentError("decode_plan: a pointer is null");
+    return absl::InvalidArgumentError("decode_plan: a pointer is null, or pieces misaligned");
   }
-  return ValidateHeadDim(p.spans.head_dim);
+  return absl::OkStatus();
 }
 
 absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle stream) {

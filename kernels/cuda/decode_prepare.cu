@@ -243,16 +243,14 @@ absl::Status ValidateDecodePrepare(const DecodePrepareCudaParams& p) {
                                                    " num_heads=", c.num_heads,
                                                    " num_kv_heads=", c.num_kv_heads));
   }
+  WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans("decode_prepare", spans));
   if (spans.format != c.format || spans.head_dim != c.head_dim ||
       spans.num_kv_heads != c.num_kv_heads || p.layer < 0 || p.layer >= spans.num_layers) {
     return absl::InvalidArgumentError(
         absl::StrCat("decode_prepare: spans and compact differ, or layer=", p.layer));
   }
   if (c.q == nullptr || c.k == nullptr || c.v == nullptr || c.positions == nullptr ||
-      c.rope_cos == nullptr || c.rope_sin == nullptr || c.q_out == nullptr || p.slots == nullptr ||
-      spans.pages == nullptr || spans.state == nullptr || spans.survivor_pages == nullptr ||
-      spans.newest == nullptr ||
-      (spans.window > 0 && (spans.ring_pages == nullptr || spans.ring_evict == nullptr))) {
+      c.rope_cos == nullptr || c.rope_sin == nullptr || c.q_out == nullptr || p.slots == nullptr) {
     return absl::InvalidArgumentError("decode_prepare: a pointer is null");
   }
   if (c.rule.source == DecisionSource::kLogits && spans.window > 0 && c.logit_inputs == nullptr) {

@@ -149,19 +149,16 @@ unsigned Blocks(const Shape& shape) {
 }  // namespace
 
 absl::Status ValidateDecodeStep(const DecodeStepParams& p) {
-  if (p.num_seqs < 0 || p.spans.num_layers < 1 || p.spans.num_kv_heads < 1 ||
-      p.spans.max_sequences < p.num_seqs || p.spans.window < 0) {
+  WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans("decode_step", p.spans));
+  if (p.num_seqs < 0 || p.num_seqs > p.spans.max_sequences) {
     return absl::InvalidArgumentError(
-        absl::StrCat("decode_step: num_seqs=", p.num_seqs, " num_layers=", p.spans.num_layers,
-                     " num_kv_heads=", p.spans.num_kv_heads,
-                     " max_sequences=", p.spans.max_sequences, " window=", p.spans.window));
+        absl::StrCat("decode_step: num_seqs=", p.num_seqs, " of ", p.spans.max_sequences));
   }
-  if (p.slots == nullptr || p.spans.state == nullptr || p.spans.survivor_pages == nullptr ||
-      (p.spans.window > 0 && (p.spans.ring_pages == nullptr || p.spans.ring_evict == nullptr)) ||
-      p.pool.free_pages == nullptr || p.pool.num_free == nullptr || p.pool.exhausted == nullptr) {
+  if (p.slots == nullptr || p.pool.free_pages == nullptr || p.pool.num_free == nullptr ||
+      p.pool.exhausted == nullptr) {
     return absl::InvalidArgumentError("decode_step: a pointer is null");
   }
-  return ValidateHeadDim(p.spans.head_dim);
+  return absl::OkStatus();
 }
 
 absl::Status LaunchDecodeStep(const DecodeStepParams& params, StreamHandle stream) {

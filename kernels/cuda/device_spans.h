@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/status/status.h"
 #include "kernels/kv_format.h"
 
 // The spans of kv_span.h in device memory: the same tokens, pages and states, in flat
@@ -46,5 +47,10 @@ struct DeviceSpans {
   }
   int64_t evict_stride() const { return static_cast<int64_t>(window) + 1; }
 };
+
+// INVALID_ARGUMENT, in the name of `op`, for a format, shape, null pointer or alignment that is not
+// as above; UNIMPLEMENTED for a head_dim that the format has no tokens of. What lies in device
+// memory is not looked at.
+absl::Status ValidateDeviceSpans(const char* op, const DeviceSpans& spans);
 
 }  // namespace winnow::kernels

@@ -168,21 +168,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 absl::Status ValidatePackSpans(const char* op, const DeviceSpans& spans, int num_seqs,
                                int first_layer, int num_layers) {
-  WINNOW_RETURN_IF_ERROR(ValidateHeadDim(spans.head_dim));
-  if (static_cast<size_t>(spans.format) >= std::size(kKvFormats)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(op, ": format=", static_cast<int>(spans.format)));
-  }
-  if (spans.pages == nullptr || spans.state == nullptr || spans.survivor_pages == nullptr ||
-      spans.newest == nullptr ||
-      (spans.window > 0 && (spans.ring_pages == nullptr || spans.ring_evict == nullptr))) {
-    return absl::InvalidArgumentError(absl::StrCat(op, ": a pointer of spans is null"));
-  }
-  if (spans.window < 0 || spans.num_kv_heads < 1 || spans.num_kv_heads > 65535 ||
-      spans.max_sequences < 1 || spans.max_survivor_pages < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(op, ": bad spans window=", spans.window,
-                                                   " num_kv_heads=", spans.num_kv_heads,
-                                                   " max_sequences=", spans.max_sequences));
+  WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans(op, spans));
+  if (spans.num_kv_heads > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat(op, ": num_kv_heads=", spans.num_kv_heads));
   }
   if (num_seqs < 0 || first_layer < 0 || num_layers < 0 || first_layer > spans.num_layers ||
       num_layers > spans.num_layers - first_layer || int64_t{num_seqs} * num_layers > 65535) {

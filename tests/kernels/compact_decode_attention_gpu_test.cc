@@ -273,6 +273,9 @@ struct MarkerCase {
   KvFormatId format;
   int head_dim, group;
   std::vector<int> lengths;  // live tokens of each sequence
+  friend void PrintTo(const MarkerCase& c, std::ostream* os) {
+    *os << KvFormatName(c.format) << " of " << c.head_dim << " channels, group " << c.group;
+  }
 };
 
 class CompactDecodeMarkers : public testing::TestWithParam<MarkerCase> {
@@ -418,7 +421,8 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
   good.spans.num_kv_heads = 2;
   good.spans.max_sequences = 1;
   good.spans.window = 4;
-  good.spans.pages = good.spans.newest = memory;
+  good.spans.pages = good.spans.newest = good.spans.ring_evict = memory;
+  good.spans.state = reinterpret_cast<SpanState*>(memory);
   good.spans.survivor_pages = good.spans.ring_pages = ints;
   good.plan = {.pieces = reinterpret_cast<DecodePiece*>(memory),
                .num_pieces = ints,

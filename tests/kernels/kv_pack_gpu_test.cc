@@ -421,7 +421,7 @@ TEST_F(PackGpu, AGraphReadsLengthsAgain) {
 
 TEST(PackGpuParams, BadOnesAreRefused) {
   alignas(16) uint8_t bytes[32] = {};
-  int32_t i = 0;
+  alignas(16) int32_t i = 0;
   uint32_t crc = 0;
   SpanState state;
   ByteRange range;

@@ -64,10 +64,11 @@ absl::Status ValidateDmsPrefillBatch(const DmsPrefillBatch& batch);
 struct DmsPrefillCompactParams {
   DmsPrefillBatch batch;
   KvFormatId format = KvFormatId::kFp8;
-  const Bf16* k = nullptr;             // [num_rows, num_kv_heads, head_dim], row stride kv_stride
-  const Bf16* v = nullptr;             // as k
-  int64_t kv_stride = 0;               // elements
-  const uint8_t* decisions = nullptr;  // [num_rows, num_kv_heads], 1: evict; null: all keep
+  const Bf16* k =
+      nullptr;  // [num_rows, num_kv_heads, head_dim], row stride kv_stride; 8-byte aligned
+  const Bf16* v = nullptr;                // as k
+  int64_t kv_stride = 0;                  // elements, a multiple of 4
+  const uint8_t* decisions = nullptr;     // [num_rows, num_kv_heads], 1: evict; null: all keep
   const uint8_t* prefix_evict = nullptr;  // [band_rows, num_kv_heads], read for prefix tokens only
   uint8_t* rows = nullptr;  // [num_rows, num_kv_heads, TokenBytes], 4-byte aligned; null: unwanted
 };
@@ -81,9 +82,10 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
 // the batch. Follows LaunchDmsPrefillCompact() of the same batch on the same stream.
 struct DmsPrefillCudaParams {
   DmsPrefillBatch batch;
-  const Bf16* q = nullptr;  // [num_rows, num_kv_heads * group, head_dim], row stride q_stride
-  int64_t q_stride = 0;     // elements, a multiple of 8
-  Bf16* out = nullptr;      // [num_rows, num_kv_heads * group, head_dim]
+  // [num_rows, num_kv_heads * group, head_dim], row stride q_stride; 16-byte aligned, as out.
+  const Bf16* q = nullptr;
+  int64_t q_stride = 0;  // elements, a multiple of 8
+  Bf16* out = nullptr;   // [num_rows, num_kv_heads * group, head_dim]
   float scale = 0.0f;
   bool portable = false;  // the kernel for GPUs without wgmma, whatever the GPU
 };

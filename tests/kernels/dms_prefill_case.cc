@@ -160,7 +160,16 @@ DevicePrefill RunPrefill(const PrefillCase& c, const std::vector<PrefillSequence
     max_band = std::max(max_band, prefix + s.chunk);
   }
   const size_t row_bytes = TokenBytes(c.format, c.head_dim);
-  DeviceArray<Bf16> q(Size(rows) * heads), k(Size(rows) * kv), v(Size(rows) * kv);
+  // The rows of q, k and v, or one matrix whose rows have all three, k and v at 8 bytes past 16.
+  const size_t q_stride = c.one_matrix ? heads + 2 * kv + 16 : heads;
+  const size_t kv_stride = c.one_matrix ? q_stride : kv;
+  DeviceArray<Bf16> q(Size(rows) * q_stride), own_k(Size(rows) * kv), own_v(Size(rows) * kv);
+  const auto put = [&](DeviceArray<Bf16>* own, size_t offset, size_t row, const Bf16* x, size_t n,
+                       size_t width) {
+    if (!c.one_matrix) return own->Put(row * width, x, n * width);
+    for (size_t i = 0; i < n; ++i) q.Put((row + i) * q_stride + offset, x + i * width, width);
+  };
+  const size_t k_offset = 8 + heads + 4, v_offset = k_offset + kv;
   DeviceArray<Bf16> out(Size(rows) * heads), band_k(Size(band) * kv), band_v(Size(band) * kv);
   DeviceArray<Bf16> compact_k(Size(compact) * kv), compact_v(Size(compact) * kv);
   DeviceArray<uint8_t> decisions(Size(rows) * Size(c.kv_heads));
@@ -172,9 +181,9 @@ DevicePrefill RunPrefill(const PrefillCase& c, const std::vector<PrefillSequence
     const DmsPrefillSequence& at = places[n];
     const size_t chunk = Size(at.num_tokens), prefix = Size(sequences[n].prefix);
     const size_t band_start = prefix - Size(at.num_prefix);
-    q.Put(Size(at.row) * heads, &in.q[prefix * heads], chunk * heads);
-    k.Put(Size(at.row) * kv, &in.k[prefix * kv], chunk * kv);
-    v.Put(Size(at.row) * kv, &in.v[prefix * kv], chunk * kv);
+    put(&q, 8, Size(at.row), &in.q[prefix * heads], chunk, heads);
+    put(&own_k, k_offset, Size(at.row), &in.k[prefix * kv], chunk, kv);
+    put(&own_v, v_offset, Size(at.row), &in.v[prefix * kv], chunk, kv);
     decisions.Put(Size(at.row * c.kv_heads), &in.decisions[prefix * Size(c.kv_heads)],
                   chunk * Size(c.kv_heads));
     band_k.Put(Size(at.band_row) * kv, &in.stored_k[band_start * kv], Size(at.num_prefix) * kv);
@@ -220,19 +229,20 @@ DevicePrefill RunPrefill(const PrefillCase& c, const std::vector<PrefillSequence
                         .max_band = max_band};
   const DeviceArray<uint8_t> scratch(DmsPrefillScratchBytes(batch));
   batch.scratch = scratch.get();
-  absl::Status status = LaunchDmsPrefillCompact({.batch = batch,
-                                                 .format = c.format,
-                                                 .k = k.get(),
-                                                 .v = v.get(),
-                                                 .kv_stride = static_cast<int64_t>(kv),
-                                                 .decisions = decisions.get(),
-                                                 .prefix_evict = prefix_evict.get(),
-                                                 .rows = flat.get()},
-                                                nullptr);
+  absl::Status status =
+      LaunchDmsPrefillCompact({.batch = batch,
+                               .format = c.format,
+                               .k = c.one_matrix ? q.get() + k_offset : own_k.get(),
+                               .v = c.one_matrix ? q.get() + v_offset : own_v.get(),
+                               .kv_stride = static_cast<int64_t>(kv_stride),
+                               .decisions = decisions.get(),
+                               .prefix_evict = prefix_evict.get(),
+                               .rows = flat.get()},
+                              nullptr);
   EXPECT_TRUE(status.ok()) << status;
   status = LaunchDmsPrefillAttention({.batch = batch,
-                                      .q = q.get(),
-                                      .q_stride = static_cast<int64_t>(heads),
+                                      .q = c.one_matrix ? q.get() + 8 : q.get(),
+                                      .q_stride = static_cast<int64_t>(q_stride),
                                       .out = out.get(),
                                       .scale = scale,
                                       .portable = portable},

@@ -22,7 +22,8 @@ struct PrefillCase {
   int head_dim = 128, kv_heads = 2, group = 4, window = 256, shift = 1;
   double evict_rate = 0.875;  // of KV head 0; later heads evict a little less
   KvFormatId format = KvFormatId::kFp8;
-  float sink = 1.0f;  // times which the first 16 keys are longer than the others
+  float sink = 1.0f;        // times which the first 16 keys are longer than the others
+  bool one_matrix = false;  // q, k and v are parts of one matrix's rows
   friend void PrintTo(const PrefillCase& c, std::ostream* os) { *os << c.name; }
 };
 

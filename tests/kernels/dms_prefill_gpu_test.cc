@@ -189,9 +189,15 @@ TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
 
   DmsPrefillCompactParams compact{.batch = good, .k = values, .v = values, .kv_stride = 128};
   EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
-  compact.kv_stride = 127;
+  for (const int64_t stride : {127, 130}) {
+    compact.kv_stride = stride;
+    EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid) << stride;
+  }
+  compact.kv_stride = 132;
+  EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
+  compact.v = values + 2;
   EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
-  compact.kv_stride = 128;
+  compact.v = values;
   compact.format = static_cast<KvFormatId>(std::size(kKvFormats));
   EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
   DmsPrefillCudaParams attention{
@@ -266,6 +272,13 @@ const PrefillCase kCases[] = {
      .shift = 0,
      .evict_rate = 0.6},
     {.name = "prefix_one_token", .sequences = {{1000, 1}}, .window = 256},
+    {.name = "one_matrix", .sequences = {{0, 300}, {70, 131}}, .one_matrix = true},
+    {.name = "one_matrix_d64",
+     .sequences = {{300, 200}},
+     .head_dim = 64,
+     .kv_heads = 3,
+     .group = 3,
+     .one_matrix = true},
     {.name = "sink", .sequences = {{0, 900}, {300, 200}}, .evict_rate = 0.5, .sink = 60.0f},
     {.name = "sink_d64",
      .sequences = {{0, 900}},

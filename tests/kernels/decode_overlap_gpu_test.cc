@@ -112,8 +112,17 @@ class DecodeOverlapGpu : public testing::TestWithParam<OverlapCase> {
     if (stream_ == nullptr) return;
     EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess);
   }
+  // Positions of a step, and poison where it writes.
+  void Begin(int step);
   // Step, plan, and of each layer decode_prepare and attention, without a stop between.
-  void Step(int step, bool overlap);
+  // `inputs` chooses the projections.
+  void Enqueue(int inputs, bool overlap);
+  // All of it, to the end.
+  void Step(int step, bool overlap) {
+    Begin(step);
+    ASSERT_NO_FATAL_FAILURE(Enqueue(step, overlap));
+    ASSERT_NO_FATAL_FAILURE(Synchronize());
+  }
   void Attend(int layer, const float* q, float* out, bool overlap);
   float* Q(int layer) { return q_->get() + layer_size_ * static_cast<size_t>(layer); }
   float* Out(int layer) { return out_->get() + layer_size_ * static_cast<size_t>(layer); }
@@ -192,12 +201,15 @@ void DecodeOverlapGpu::Attend(int layer, const float* q, float* out, bool overla
   ASSERT_TRUE(status.ok()) << status;
 }
 
-void DecodeOverlapGpu::Step(int step, bool overlap) {
-  const OverlapCase& c = GetParam();
+void DecodeOverlapGpu::Begin(int step) {
   positions_->Set(std::vector<int32_t>(kSequences, step));
   q_->Fill(0xff);
   out_->Fill(0xff);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+void DecodeOverlapGpu::Enqueue(int inputs, bool overlap) {
+  const OverlapCase& c = GetParam();
   const DeviceSpans spans = spans_->device();
   absl::Status status =
       LaunchDecodeStep({.spans = spans,
@@ -212,7 +224,7 @@ void DecodeOverlapGpu::Step(int step, bool overlap) {
   ASSERT_TRUE(status.ok()) << status;
   const int64_t stride = static_cast<int64_t>(row_);
   for (int l = 0; l < kLayers; ++l) {
-    const float* qkv = random_->get() + 4 * (step * kLayers + l);
+    const float* qkv = random_->get() + 4 * (inputs * kLayers + l);
     const float* k = qkv + size_t{kHeads} * kGroup * static_cast<size_t>(c.head_dim);
     status =
         LaunchDecodePrepare({.compact = {.q = qkv,
@@ -243,7 +255,6 @@ void DecodeOverlapGpu::Step(int step, bool overlap) {
     ASSERT_TRUE(status.ok()) << status;
     ASSERT_NO_FATAL_FAILURE(Attend(l, Q(l), Out(l), overlap));
   }
-  ASSERT_NO_FATAL_FAILURE(Synchronize());
 }
 
 bool AllFinite(const std::vector<float>& x) {
@@ -271,6 +282,37 @@ TEST_P(DecodeOverlapGpu, AfterPrepareHasTheBitsOfALaunchThatWaits) {
   }
   EXPECT_EQ(exhausted_->Get()[0], 0);
   EXPECT_EQ(plan_->overflow.Get()[0], 0);
+}
+
+// One graph, captured before the first step, serves all of them: it reads every length, page and
+// position on the device.
+TEST_P(DecodeOverlapGpu, AGraphServesStepsOfAllLengths) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  ASSERT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  Enqueue(/*inputs=*/0, /*overlap=*/true);
+  ASSERT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
+  ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  State before(*this);
+  std::vector<float> last;
+  for (int step = 0; step < kSteps && !HasFailure(); ++step) {
+    before.Take();
+    Begin(step);
+    Enqueue(/*inputs=*/0, /*overlap=*/false);
+    Synchronize();
+    const std::vector<float> want = out_->Get();
+    EXPECT_TRUE(AllFinite(want)) << "step " << step;
+    EXPECT_FALSE(SameBits(want, last)) << "step " << step;  // a token more is seen
+    before.Restore();
+    Begin(step);
+    EXPECT_EQ(cudaGraphLaunch(exec, stream_), cudaSuccess);
+    Synchronize();
+    EXPECT_TRUE(SameBits(out_->Get(), want)) << "step " << step;
+    last = want;
+  }
+  EXPECT_EQ(cudaGraphExecDestroy(exec), cudaSuccess);
+  EXPECT_EQ(exhausted_->Get()[0], 0);
 }
 
 // What decode_prepare writes, NaN until kDelayUs after the attention could start.

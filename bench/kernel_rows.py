@@ -1,9 +1,10 @@
 """Joins rows of the GPU benches with rows of their peers, and holds them against the bars.
 
-A bench's row has `case`, `ours_us` and either `limit_us` or the work that must be done, `flop` and
-`bytes`, and may time a `peer` itself; a peer's row has `case`, `peer`, `peer_us` and, where one
+A bench's row has `case`, `ours_us` and either `limit_us` or the work that must be done, `flop` (or
+`flop_fp8`, on the tensor cores' FP8 rate) and `bytes`, and may time a `peer` itself; a peer's row has `case`, `peer`, `peer_us` and, where one
 measurement of ours stands against several peers, `ours_case`. A joined row has `ratio`, the number
 that the case's bar is about: the peer's time by ours, unless OWN_PEERS or RATIO_FIELDS names it.
+What nobody else is timed at has its limit as the peer.
 """
 import json
 import re
@@ -71,11 +72,9 @@ def limit_us(row, ceilings):
     """The least time that the row's work could take in this run, or None."""
     if "limit_us" in row:
         return row["limit_us"]
-    limits = []
-    if "flop" in row and "gemm_tflops" in ceilings:
-        limits.append(row["flop"] / ceilings["gemm_tflops"] / 1e6)
-    if "bytes" in row and "copy_gbps" in ceilings:
-        limits.append(row["bytes"] / ceilings["copy_gbps"] / 1e3)
+    limits = [row[work] / ceilings[ceiling] / scale for work, ceiling, scale in (
+        ("flop", "gemm_tflops", 1e6), ("flop_fp8", "gemm_fp8_tflops", 1e6),
+        ("bytes", "copy_gbps", 1e3)) if work in row and ceiling in ceilings]
     return max(limits, default=None)
 
 
@@ -129,6 +128,8 @@ def join(ours, peers, ceilings):
         limit = limit_us(row, ceilings)
         if limit is not None:
             row["limit_us"], row["pct_of_limit"] = limit, 100.0 * limit / row["ours_us"]
+        if limit is not None and "peer_us" not in row and row["case"] not in OWN_PEERS:
+            row.update(peer="the limit", peer_us=limit)
         if "peer_us" in row and "ratio" not in row:
             row["ratio"] = row["peer_us"] / row["ours_us"]
         other, what = OWN_PEERS.get(row["case"], (None, None))

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -54,14 +55,33 @@ class DeviceBuffer {
   void* data_ = nullptr;
 };
 
-// Times work on the default stream; each run finds the L2 cache flushed.
+// Adds words [0, n) to *sum.
+__global__ void __launch_bounds__(256) ReadWords(const uint4* in, int64_t n, uint32_t* sum) {
+  uint32_t x = 0;
+  for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < n; i += gridDim.x * int64_t{256}) {
+    const uint4 v = in[i];
+    x += v.x + v.y + v.z + v.w;
+  }
+  atomicAdd(sum, x);
+}
+
+// Times work on one stream. Each run finds the L2 cache full of other memory's lines, which
+// were read: there is nothing to write back meanwhile.
 class BenchTimer {
  public:
-  explicit BenchTimer(int runs = 0) : runs_(runs) {
-    Check(cudaMalloc(&flush_, kFlushBytes));
+  explicit BenchTimer(int runs = 0, cudaStream_t stream = nullptr) : runs_(runs), stream_(stream) {
+    Check(cudaMalloc(&flush_, kFlushBytes + sizeof(uint32_t)));
+    Check(cudaMemset(flush_, 0, kFlushBytes + sizeof(uint32_t)));
     Check(cudaEventCreate(&begin_));
     Check(cudaEventCreate(&end_));
   }
+  ~BenchTimer() {
+    cudaFree(flush_);
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  BenchTimer(const BenchTimer&) = delete;
+  BenchTimer& operator=(const BenchTimer&) = delete;
   void set_runs(int runs) { runs_ = runs; }
 
   // Microseconds, the median; `before` runs untimed before each.
@@ -75,10 +95,10 @@ class BenchTimer {
     for (int i = -2; i < runs_; ++i) {
       for (size_t n = 0; n < works.size(); ++n) {
         if (before) before();
-        Check(cudaMemsetAsync(flush_, i & 1, kFlushBytes, nullptr));
-        Check(cudaEventRecord(begin_, nullptr));
+        FlushL2();
+        Check(cudaEventRecord(begin_, stream_));
         works[n]();
-        Check(cudaEventRecord(end_, nullptr));
+        Check(cudaEventRecord(end_, stream_));
         Check(cudaEventSynchronize(end_));
         float ms = 0.0f;
         Check(cudaEventElapsedTime(&ms, begin_, end_));
@@ -93,6 +113,20 @@ class BenchTimer {
     return medians;
   }
 
+  // Of what `capture` enqueues on the stream, which is not the default one, as one graph.
+  double GraphMedian(const std::function<void()>& capture) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    capture();
+    Check(cudaStreamEndCapture(stream_, &graph));
+    Check(cudaGraphInstantiate(&exec, graph, 0));
+    const double us = Median([&] { Check(cudaGraphLaunch(exec, stream_)); });
+    Check(cudaGraphExecDestroy(exec));
+    Check(cudaGraphDestroy(graph));
+    return us;
+  }
+
   // A device copy that reads and writes `bytes` / 2 each.
   double CopyUs(double bytes) {
     const size_t half = static_cast<size_t>(bytes / 2.0);
@@ -101,13 +135,21 @@ class BenchTimer {
     auto* to = memory.Allocate<char>(half);
     Check(cudaMemset(from, 1, half));
     return Median(
-        [&] { Check(cudaMemcpyAsync(to, from, half, cudaMemcpyDeviceToDevice, nullptr)); });
+        [&] { Check(cudaMemcpyAsync(to, from, half, cudaMemcpyDeviceToDevice, stream_)); });
   }
 
  private:
+  void FlushL2() {
+    ReadWords<<<1024, 256, 0, stream_>>>(reinterpret_cast<const uint4*>(flush_),
+                                         kFlushBytes / sizeof(uint4),
+                                         reinterpret_cast<uint32_t*>(flush_ + kFlushBytes));
+    Check(cudaGetLastError());
+  }
+
   static constexpr size_t kFlushBytes = size_t{256} << 20;
   int runs_;
-  void* flush_ = nullptr;
+  cudaStream_t stream_;
+  uint8_t* flush_ = nullptr;
   cudaEvent_t begin_, end_;
 };
 

@@ -1,6 +1,6 @@
 // Decode attention over spans in device memory: prints one JSON line a case, times in
 // microseconds, and the share of this run's own read stream. Every case is a CUDA graph of
-// several layers with KV of their own, larger together than the L2 cache.
+// several layers with KV of their own, which the L2 cache does not hold when it begins.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -39,29 +39,6 @@ __global__ void FillFloats(float* out, int64_t n) {
     const float a = Mix(2 * i) * 0x1p-32f, b = Mix(2 * i + 1) * 0x1p-32f;
     out[i] = 2.0f * sqrtf(-2.0f * logf(a + 1e-7f)) * cospif(2.0f * b);
   }
-}
-
-float Median(std::vector<float> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
-
-template <typename F>
-float MedianMs(int reps, F run, cudaStream_t stream) {
-  cudaEvent_t begin, end;
-  Check(cudaEventCreate(&begin));
-  Check(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < reps + 2; ++i) {
-    Check(cudaEventRecord(begin, stream));
-    run();
-    Check(cudaEventRecord(end, stream));
-    Check(cudaEventSynchronize(end));
-    float ms = 0;
-    Check(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms);
-  }
-  return Median(times);
 }
 
 struct BenchCase {
@@ -131,6 +108,8 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
   spans.survivor_pages = device_survivors.get();
   spans.ring_pages = device_ring.get();
   spans.newest = newest.get();
+  DeviceBuffer<uint8_t> evict(static_cast<size_t>(num_spans * spans.evict_stride()));
+  spans.ring_evict = evict.get();
 
   const int rows = c.num_seqs * c.num_kv_heads;
   const int64_t max_pieces = MaxDecodePieces(rows, num_pages / c.layers);
@@ -179,34 +158,18 @@ Result RunCase(const BenchCase& c, cudaStream_t stream) {
                                          stream));
     }
   };
-  const auto time_graph = [&](auto capture) {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    capture();
-    Check(cudaStreamEndCapture(stream, &graph));
-    Check(cudaGraphInstantiate(&exec, graph, 0));
-    const double us = 1000.0 * MedianMs(
-                                   15, [&] { Check(cudaGraphLaunch(exec, stream)); }, stream);
-    Check(cudaGraphExecDestroy(exec));
-    Check(cudaGraphDestroy(graph));
-    return us;
-  };
-  enqueue_plan();
-  result.plan_us = time_graph([&] {
-                     for (int i = 0; i < 8; ++i) enqueue_plan();
-                   }) /
-                   8;
-  result.us = time_graph([&] {
-                if (c.with_plan) enqueue_plan();
-                enqueue_layers(false);
-              }) /
-              c.layers;
-  result.overlapped_us = time_graph([&] {
-                           if (c.with_plan) enqueue_plan();
-                           enqueue_layers(true);
-                         }) /
-                         c.layers;
+  BenchTimer timer(15, stream);
+  result.plan_us = timer.GraphMedian([&] {
+    for (int i = 0; i < 8; ++i) enqueue_plan();
+  }) / 8;
+  result.us = timer.GraphMedian([&] {
+    if (c.with_plan) enqueue_plan();
+    enqueue_layers(false);
+  }) / c.layers;
+  result.overlapped_us = timer.GraphMedian([&] {
+    if (c.with_plan) enqueue_plan();
+    enqueue_layers(true);
+  }) / c.layers;
   Check(cudaStreamSynchronize(stream));
   return result;
 }
@@ -218,12 +181,14 @@ double PlanUs(cudaStream_t stream) {
       .window = kWindow, .num_layers = kLayers, .max_sequences = kSeqs, .num_kv_heads = kHeads};
   spans.head_dim = 128;
   const int slots = spans.slots_per_page();
-  spans.max_survivor_pages = kSurvivors / slots + 1;
+  spans.max_survivor_pages = (kSurvivors / slots + 4) / 4 * 4;
   DeviceBuffer<SpanState> state(std::vector<SpanState>(static_cast<size_t>(spans.num_spans()),
                                                        {kSurvivors, kWindow, 7, 8192}));
   DeviceBuffer<int32_t> tables(1), slot_of(kSeqs), counts(kLayers);
+  DeviceBuffer<uint8_t> bytes(1);
   spans.state = state.get();
   spans.survivor_pages = spans.ring_pages = tables.get();
+  spans.pages = spans.newest = spans.ring_evict = bytes.get();
   std::vector<int32_t> ids(kSeqs);
   std::iota(ids.begin(), ids.end(), 0);
   Check(cudaMemcpy(slot_of.get(), ids.data(), kSeqs * 4, cudaMemcpyHostToDevice));
@@ -240,15 +205,9 @@ double PlanUs(cudaStream_t stream) {
                                          .max_pieces = static_cast<int>(max_pieces),
                                          .overflow = overflow.get()}};
   constexpr int kTimes = 8;
-  return 1000.0 / kTimes *
-         MedianMs(
-             9,
-             [&] {
-               for (int i = 0; i < kTimes; ++i) {
-                 Check(LaunchDecodePlan(params, stream));
-               }
-             },
-             stream);
+  return BenchTimer(9, stream).Median([&] {
+    for (int i = 0; i < kTimes; ++i) Check(LaunchDecodePlan(params, stream));
+  }) / kTimes;
 }
 
 // The memory side of a step of 64 sequences of Qwen3-8B's shape, and one layer's
@@ -311,51 +270,45 @@ void RunPrepare(cudaStream_t stream) {
     FillFloats<<<256, 256, 0, stream>>>(data, size);
   }
   Check(cudaGetLastError());
-  const float step_ms = MedianMs(
-      40,
-      [&] {
-        Check(LaunchDecodeStep({.spans = spans,
-                                .pool = {d_free.get(), num_free.get(), exhausted.get()},
-                                .slots = d_slots.get(),
-                                .num_seqs = kSeqs},
-                               stream));
-      },
-      stream);
-  const float prepare_ms = MedianMs(
-      9,
-      [&] {
-        for (int layer = 0; layer < kLayers; ++layer) {
-          Check(LaunchDecodePrepare(
-              {.compact = {.q = qkv.get(),
-                           .k = qkv.get() + kHeads * kDim,
-                           .v = qkv.get() + (kHeads + kKvHeads) * kDim,
-                           .q_stride = kRow,
-                           .k_stride = kRow,
-                           .v_stride = kRow,
-                           .q_norm = norm.get(),
-                           .k_norm = norm.get(),
-                           .positions = d_positions.get(),
-                           .rope_cos = table.get(),
-                           .rope_sin = table.get(),
-                           .num_positions = 9000,
-                           .rule = {.source = DecisionSource::kBorrowedAfterQNorm},
-                           .q_out = q_out.get(),
-                           .num_tokens = kSeqs,
-                           .num_heads = kHeads,
-                           .num_kv_heads = kKvHeads,
-                           .head_dim = kDim},
-               .spans = spans,
-               .slots = d_slots.get(),
-               .layer = layer},
-              stream));
-        }
-      },
-      stream);
+  const double step_us = BenchTimer(40, stream).Median([&] {
+    Check(LaunchDecodeStep({.spans = spans,
+                            .pool = {d_free.get(), num_free.get(), exhausted.get()},
+                            .slots = d_slots.get(),
+                            .num_seqs = kSeqs},
+                           stream));
+  });
+  const double prepare_us = BenchTimer(9, stream).Median([&] {
+    for (int layer = 0; layer < kLayers; ++layer) {
+      Check(
+          LaunchDecodePrepare({.compact = {.q = qkv.get(),
+                                           .k = qkv.get() + kHeads * kDim,
+                                           .v = qkv.get() + (kHeads + kKvHeads) * kDim,
+                                           .q_stride = kRow,
+                                           .k_stride = kRow,
+                                           .v_stride = kRow,
+                                           .q_norm = norm.get(),
+                                           .k_norm = norm.get(),
+                                           .positions = d_positions.get(),
+                                           .rope_cos = table.get(),
+                                           .rope_sin = table.get(),
+                                           .num_positions = 9000,
+                                           .rule = {.source = DecisionSource::kBorrowedAfterQNorm},
+                                           .q_out = q_out.get(),
+                                           .num_tokens = kSeqs,
+                                           .num_heads = kHeads,
+                                           .num_kv_heads = kKvHeads,
+                                           .head_dim = kDim},
+                               .spans = spans,
+                               .slots = d_slots.get(),
+                               .layer = layer},
+                              stream));
+    }
+  });
   int32_t was_exhausted = 0;
   Check(cudaMemcpy(&was_exhausted, exhausted.get(), 4, cudaMemcpyDeviceToHost));
-  std::printf("{\"case\": \"decode_step/b64\", \"ours_us\": %.2f}\n", 1000.0 * step_ms);
+  std::printf("{\"case\": \"decode_step/b64\", \"ours_us\": %.2f}\n", step_us);
   std::printf("{\"case\": \"decode_prepare/b64\", \"ours_us\": %.2f, \"exhausted\": %d}\n",
-              1000.0 * prepare_ms / kLayers, was_exhausted);
+              prepare_us / kLayers, was_exhausted);
   std::fflush(stdout);
 }
 

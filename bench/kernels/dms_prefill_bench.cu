@@ -14,6 +14,7 @@
 
 #include "bench/kernels/bench_memory.cuh"
 #include "bench/kernels/fill_random.cuh"
+#include "bench/kernels/prefill_work.h"
 #include "kernels/cuda/dms_prefill.h"
 
 namespace winnow::kernels {
@@ -116,29 +117,13 @@ class Bench {
     });
     const double first = timer_.Median([&] { Check(LaunchDmsPrefillCompact(compact, nullptr)); });
 
-    // Visible pairs and the bytes that must move.
-    double pairs = 0.0, survivors = 0.0;
-    for (int h = 0; h < kKvHeads; ++h) {
-      double kept = 0.0;
-      for (int i = 0; i < c.seq; ++i) {
-        pairs += std::min(i, c.window) + 1 + kept;
-        const int expires = i - c.window;  // leaves the window of token i + 1
-        if (expires >= 0 &&
-            decisions[static_cast<size_t>(expires + 1) * kKvHeads + static_cast<size_t>(h)] == 0) {
-          ++kept;
-        }
-      }
-      survivors += kept;
-    }
-    const double vectors = double(c.seq) * kKvHeads, dim = c.head_dim;
-    const double stored = vectors * double(TokenBytes(KvFormatId::kFp8, c.head_dim));
-    const double compact_bytes = vectors * dim * 4 * 2 + stored + survivors * dim * 4;
-    const double attention_bytes = vectors * dim * 2 * kGroup * 2;
+    const PrefillWork work =
+        WorkOfPrefill(c.seq, c.window, c.head_dim, kKvHeads, kGroup, decisions);
     std::printf(
         "{\"case\": \"%s\", \"ours_us\": %.2f, \"compact_us\": %.2f, \"flop\": %.6g, "
         "\"bytes\": %.6g, \"compact_bytes\": %.6g}\n",
-        c.name.c_str(), both, first, 4.0 * dim * kGroup * pairs, compact_bytes + attention_bytes,
-        compact_bytes);
+        c.name.c_str(), both, first, work.flop, work.compact_bytes + work.attention_bytes,
+        work.compact_bytes);
     std::fflush(stdout);
   }
 

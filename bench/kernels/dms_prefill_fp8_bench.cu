@@ -16,6 +16,7 @@
 
 #include "bench/kernels/bench_memory.cuh"
 #include "bench/kernels/fill_random.cuh"
+#include "bench/kernels/prefill_work.h"
 #include "kernels/cuda/dms_prefill_fp8.h"
 
 namespace winnow::kernels {
@@ -148,12 +149,14 @@ class Bench {
                            differences_);
     double differences[3];
     Check(cudaMemcpy(differences, differences_, sizeof(differences), cudaMemcpyDeviceToHost));
+    const PrefillWork work = WorkOfPrefill(c.seq, kWindow, kDim, kKvHeads, kGroup, decisions);
     std::printf(
-        "{\"case\": \"%s\", \"ours_us\": %.2f, \"compact_us\": %.2f, \"peer\": "
-        "\"our BF16 kernel\", \"peer_us\": %.2f, \"ratio\": %.4f, \"bf16_compact_us\": %.2f, "
+        "{\"case\": \"%s\", \"ours_us\": %.2f, \"compact_us\": %.2f, \"flop_fp8\": %.6g, "
+        "\"bytes\": %.6g, \"peer\": \"our BF16 kernel\", \"peer_us\": %.2f, \"ratio\": %.4f, "
+        "\"bf16_compact_us\": %.2f, "
         "\"rms_difference\": %.3g, \"rms_output\": %.3g, \"most_difference\": %.3g}\n",
-        c.name, us[2], us[3], us[0], us[0] / us[2], us[1],
-        std::sqrt(differences[0] / double(values * kGroup)),
+        c.name, us[2], us[3], work.flop, work.compact_bytes + work.attention_bytes, us[0],
+        us[0] / us[2], us[1], std::sqrt(differences[0] / double(values * kGroup)),
         std::sqrt(differences[1] / double(values * kGroup)), differences[2]);
     std::fflush(stdout);
   }

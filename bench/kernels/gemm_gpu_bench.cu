@@ -52,45 +52,6 @@ __global__ void FillFloats(float* out, int64_t n) {
   }
 }
 
-class Timer {
- public:
-  explicit Timer(cudaStream_t stream) : stream_(stream), flush_(kFlush) {
-    Check(cudaEventCreate(&begin_));
-    Check(cudaEventCreate(&end_));
-  }
-  // Median microseconds of what `capture` enqueues, as one graph, with a cold L2 cache.
-  template <typename F>
-  double GraphUs(F capture, int runs) {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    capture();
-    Check(cudaStreamEndCapture(stream_, &graph));
-    Check(cudaGraphInstantiate(&exec, graph, 0));
-    std::vector<float> times;
-    for (int i = -2; i < runs; ++i) {
-      Check(cudaMemsetAsync(flush_.get(), i & 0xff, kFlush, stream_));
-      Check(cudaEventRecord(begin_, stream_));
-      Check(cudaGraphLaunch(exec, stream_));
-      Check(cudaEventRecord(end_, stream_));
-      Check(cudaEventSynchronize(end_));
-      float ms = 0;
-      Check(cudaEventElapsedTime(&ms, begin_, end_));
-      if (i >= 0) times.push_back(ms);
-    }
-    Check(cudaGraphExecDestroy(exec));
-    Check(cudaGraphDestroy(graph));
-    std::sort(times.begin(), times.end());
-    return 1000.0 * times[times.size() / 2];
-  }
-
- private:
-  static constexpr size_t kFlush = size_t{256} << 20;
-  cudaStream_t stream_;
-  DeviceBuffer<uint8_t> flush_;
-  cudaEvent_t begin_, end_;
-};
-
 // What a fused epilogue spares: silu(gate) * up of [m, 2 * columns] floats.
 __global__ void __launch_bounds__(256) SiluMul(const float* in, Bf16* out, int columns) {
   ptx::WaitForPredecessors();
@@ -212,21 +173,18 @@ class Products {
 
 // Microseconds of one of a graph's products.
 template <typename F>
-double EachUs(Timer* timer, int copies, F launch) {
-  return timer->GraphUs(
-             [&] {
-               for (int i = 0; i < kLaunches; ++i) launch(i % copies);
-             },
-             11) /
-         kLaunches;
+double EachUs(BenchTimer* timer, int copies, F launch) {
+  return timer->GraphMedian([&] {
+    for (int i = 0; i < kLaunches; ++i) launch(i % copies);
+  }) / kLaunches;
 }
 
 void RunFew(const std::string& name, bool e4m3, bool gate_up, int m, double gbs, Products* products,
-            Timer* timer) {
+            BenchTimer* timer) {
   const int copies = products->copies();
   const auto gemv = [&](int copy) { products->Gemv(m, copy, GemvEpilogue::kStore); };
   const double us = EachUs(timer, copies, gemv);
-  const double alone = timer->GraphUs([&] { gemv(0); }, 15);
+  const double alone = timer->GraphMedian([&] { gemv(0); });
   const double peer = EachUs(
       timer, copies, [&](int copy) { products->Matmul(m, copy, MatmulScales::kPerTensor, false); });
   const double limit = static_cast<double>(products->limit_bytes()) / gbs / 1e3;
@@ -257,15 +215,15 @@ void RunFew(const std::string& name, bool e4m3, bool gate_up, int m, double gbs,
   std::fflush(stdout);
 }
 
-void RunMany(const GemmShape& shape, bool e4m3, Products* products, Timer* timer) {
+void RunMany(const GemmShape& shape, bool e4m3, Products* products, BenchTimer* timer) {
   const double flop = 2.0 * kPrefillRows * shape.n * shape.k;
   const auto print = [&](const char* type, double us) {
-    std::printf("{\"case\": \"gemm/%s/%s\", \"ours_us\": %.2f, \"flop\": %.0f, \"tflops\": %.0f}\n",
-                shape.name, type, us, flop, flop / us / 1e6);
+    std::printf("{\"case\": \"gemm/%s/%s\", \"ours_us\": %.2f, \"%s\": %.0f, \"tflops\": %.0f}\n",
+                shape.name, type, us, e4m3 ? "flop_fp8" : "flop", flop, flop / us / 1e6);
     std::fflush(stdout);
   };
   const auto matmul = [&](MatmulScales scales) {
-    return timer->GraphUs([&] { products->Matmul(kPrefillRows, 0, scales, true); }, 7);
+    return timer->GraphMedian([&] { products->Matmul(kPrefillRows, 0, scales, true); });
   };
   if (!e4m3) {
     print("bf16", matmul(MatmulScales::kPerTensor));
@@ -273,13 +231,10 @@ void RunMany(const GemmShape& shape, bool e4m3, Products* products, Timer* timer
   }
   print("fp8_one_scale", matmul(MatmulScales::kPerTensor));
   print("fp8_row_scales", matmul(MatmulScales::kPerRow));
-  print("fp8_row_scales_and_quantization", timer->GraphUs(
-                                               [&] {
-                                                 products->Quantize(kPrefillRows);
-                                                 products->Matmul(kPrefillRows, 0,
-                                                                  MatmulScales::kPerRow, true);
-                                               },
-                                               7));
+  print("fp8_row_scales_and_quantization", timer->GraphMedian([&] {
+    products->Quantize(kPrefillRows);
+    products->Matmul(kPrefillRows, 0, MatmulScales::kPerRow, true);
+  }));
 }
 
 int Main(int argc, char** argv) {
@@ -290,7 +245,7 @@ int Main(int argc, char** argv) {
   std::printf("{\"case\": \"read_stream\", \"gbs\": %.1f}\n", gbs);
   absl::StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create();
   Check(lt.status());
-  Timer timer(stream);
+  BenchTimer timer(15, stream);
   for (const GemmShape& shape : kShapes) {
     const bool gate_up = shape.n > shape.k;
     for (const bool e4m3 : {false, true}) {

@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from l2_cache import flush_l2
+
 QUERY_HEADS, KV_HEADS = 32, 8
 GROUP = QUERY_HEADS // KV_HEADS
 WINDOW = 256
@@ -42,14 +44,10 @@ TILES = {128: ((64, 64, 4, 3), (256, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2
               (128, 128, 8, 3))}
 TILES_TRIED = 2
 FLEX_OPTIONS = ({"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, None)
-FLUSH = None
 
 
 def timed(work, runs, graph=False):
     """Median microseconds. `graph`: of a CUDA graph, for work of many launches."""
-    global FLUSH
-    if FLUSH is None:
-        FLUSH = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     if graph:
         work()
         torch.cuda.synchronize()
@@ -59,7 +57,7 @@ def timed(work, runs, graph=False):
         work = captured.replay
     times = []
     for turn in range(-2, runs):
-        FLUSH.zero_()
+        flush_l2()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
@@ -115,10 +113,15 @@ def measure_ceilings():
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b = torch.randn_like(a)
     gemm = 2 * 8192**3 / timed(lambda: a @ b, 10) / 1e6
+    one = torch.ones((), device="cuda")
+    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    fp8 = 2 * 8192**3 / timed(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16),
+                              10) / 1e6
     x = torch.randn(1 << 28, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     copy = 4 * x.numel() / timed(lambda: y.copy_(x), 10) / 1e3
-    print(json.dumps({"ceilings": {"gemm_tflops": round(gemm, 1), "copy_gbps": round(copy, 1)}}),
+    print(json.dumps({"ceilings": {"gemm_tflops": round(gemm, 1), "gemm_fp8_tflops": round(fp8, 1),
+                                    "copy_gbps": round(copy, 1)}}),
           flush=True)
 
 

@@ -75,9 +75,12 @@ class JoinTest(unittest.TestCase):
 
     def test_limit_is_the_slower_of_work_and_bytes(self):
         ceilings = {"gemm_tflops": 500.0, "copy_gbps": 2000.0}
+        ceilings["gemm_fp8_tflops"] = 1000.0
         rows = joined([ours("a", 10.0, flop=1e9, bytes=1e7), ours("b", 10.0, flop=4e9, bytes=1e7),
-                       ours("c", 10.0)], (), ceilings)
-        self.assertEqual([rows[c].get("limit_us") for c in "abc"], [5.0, 8.0, None])
+                       ours("c", 10.0), ours("d", 10.0, flop_fp8=6e9)], (), ceilings)
+        self.assertEqual([rows[c].get("limit_us") for c in "abcd"], [5.0, 8.0, None, 6.0])
+        self.assertEqual((rows["d"]["peer"], rows["d"]["ratio"]), ("the limit", 0.6))
+        self.assertNotIn("peer", rows["c"])
         self.assertEqual(rows["b"]["pct_of_limit"], 80.0)
 
     def test_lines_are_told_apart(self):
@@ -140,15 +143,25 @@ class ScriptTest(unittest.TestCase):
         self.assertIn("prefill/d128/8k", written["missing"])
         self.assertFalse((self.dir / "out.json.part").exists())
 
+    def halves(self, *commits):
+        paths = [self.dir / "a.part", self.dir / "b.part"]
+        for path, commit, line in zip(paths, commits, (ours("prefill/d64/8k", 10.0),
+                                                       peer("prefill/d64/8k", 35.0))):
+            path.write_text(json.dumps({"head": {"date": "today", "gpu": "g", "commit": commit}})
+                            + "\n" + json.dumps(line) + "\n", encoding="utf-8")
+        return paths
+
     def test_halves_are_joined(self):
-        halves = [self.dir / "a.part", self.dir / "b.part"]
-        for half, line in zip(halves, (ours("prefill/d64/8k", 10.0), peer("prefill/d64/8k", 35.0))):
-            half.write_text(json.dumps({"head": {"date": "today", "commit": half.name}}) + "\n"
-                            + json.dumps(line) + "\n", encoding="utf-8")
-        result = self.run_script("--allow-missing", "--join", *halves)
+        result = self.run_script("--allow-missing", "--join", *self.halves("abc", "abc"))
         self.assertEqual(result.returncode, 0, result.stderr)
         written = json.loads((self.dir / "out.json").read_text())
-        self.assertEqual((written["commit"], written["rows"][0]["ratio"]), ("a.part", 3.5))
+        self.assertEqual((written["commit"], written["rows"][0]["ratio"]), ("abc", 3.5))
+
+    def test_halves_of_two_commits_are_not(self):
+        result = self.run_script("--allow-missing", "--join", *self.halves("abc", "abd"))
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("commit differs: ['abc', 'abd']", result.stderr)
+        self.assertFalse((self.dir / "out.json").exists())
 
     def test_missing_cases_fail(self):
         self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0, limit_us=9.0)))

@@ -61,8 +61,9 @@ absl::StatusOr<CUtensorMap> PagesMap(const DeviceSpans& spans) {
       CudaStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
   if (major < 9) return CUtensorMap{};  // the portable code does not use it
   const uint64_t sizes[] = {64, uint64_t{1} << 31}, strides[] = {128};
-  const uint32_t rows = spans.head_dim == 64 ? 32 : 64;  // K and V of a page, in any format
-  const uint32_t box[] = {64, rows};
+  // What a format uses of a page: K and V, and a row of scales where it has them.
+  const uint32_t codes = spans.head_dim == 64 ? 32 : 64;
+  const uint32_t box[] = {64, spans.format == KvFormatId::kBf16 ? codes : codes + 1};
   return MakeBf16TensorMap(spans.pages, sizes, strides, box);
 }
 

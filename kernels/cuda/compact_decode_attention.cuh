@@ -27,7 +27,6 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
                               DecodeShared<kK, kV, kDim, kHeads>& shared, int warp, int lane) {
   using S = DecodeShape<kK, kV, kDim>;
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
-  const uint8_t* scales = ring + args.ring_slots * S::kCodeBytes;
   DecodeWarp<kK, kV, kDim, kHeads> state(lane);
   RingCursor begin;  // of the piece
   StageCursor<Shared::kStages> at;
@@ -52,9 +51,9 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
         // Until the page a turn before has been read, this one's parity says nothing.
         RingWait(&shared.empty[slot], cursor.turn ^ 1);
         RingWait(&shared.full[slot], cursor.turn);
-        state.AddPage(ptx::SharedAddress(ring) + slot * S::kCodeBytes,
-                      scales + slot * S::kScaleBytes, newest ? 2 : 2 * S::kSlots,
-                      newest ? 1 : min(left, S::kSlots), [&] {
+        const uint8_t* at_page = ring + slot * S::kRingBytes;
+        state.AddPage(ptx::SharedAddress(at_page), at_page + S::kCodeBytes,
+                      newest ? 2 : 2 * S::kSlots, newest ? 1 : min(left, S::kSlots), [&] {
                         __syncwarp();
                         if (lane == 0) RingArrive(&shared.empty[slot]);
                       });

@@ -14,19 +14,15 @@ class DecodeProducer {
   using S = DecodeShape<kK, kV, kDim>;
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
   using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
+  static constexpr int kPagesATrip = 3;  // filled while memory answers
 
   __device__ __forceinline__ DecodeProducer(const CompactDecodeArgs& args, const CUtensorMap* map,
                                             uint8_t* ring, Shared& shared, int lane)
-      : args_(args),
-        map_(map),
-        ring_(ring),
-        scales_(ring + args.ring_slots * S::kCodeBytes),
-        shared_(shared),
-        lane_(lane) {}
+      : args_(args), map_(map), ring_(ring), shared_(shared), lane_(lane) {}
 
   __device__ void Run() {
     const int grid = static_cast<int>(gridDim.x);
-    int at = static_cast<int>(blockIdx.x), next_at = at + grid;
+    int at = static_cast<int>(blockIdx.x);
     PieceWords piece = LoadPiece(at, args_.max_pieces);  // perhaps none: before the count is here
     const int num_pieces = *args_.num_pieces;
     if (at >= num_pieces) piece.word = 0;
@@ -35,39 +31,38 @@ class DecodeProducer {
     uint32_t begun = 0;
     if (at < num_pieces) begun = BeginPages(piece, ids, begun, /*settled=*/true);
     ptx::WaitForPredecessors();
-    int following_at = num_pieces;
-    if (lane_ == 0 && next_at < num_pieces) {
-      following_at = 2 * grid + atomicAdd(args_.next_piece, 1);
-    }
     float4 query[Warp::kSteps];
     LoadQuery(piece, query);
-    if (at < num_pieces) begun = BeginPages(piece, ids, begun, /*settled=*/false);
-    PieceWords next = LoadPiece(next_at, num_pieces);
-    bool first = true;
-    for (; at < num_pieces; first = false) {
+    int filled = 0;
+    if (at < num_pieces) {
+      begun = BeginPages(piece, ids, begun, /*settled=*/false);
+      filled = __popc(begun);
+      cursor_.Advance(filled, args_.ring_slots);
+    }
+    for (bool first = true; at < num_pieces; first = false) {
       PublishPiece(piece, query);
-      const int next_ids = PageIds(next, 0);
-      LoadQuery(next, query);
-      const int after_at = __shfl_sync(0xffffffffu, following_at, 0);
-      const PieceWords after = LoadPiece(after_at, num_pieces);
-      if (lane_ == 0 && after_at < num_pieces) {
-        following_at = 2 * grid + atomicAdd(args_.next_piece, 1);
-      }
+      // The next piece is claimed late, so that blocks end together, but with pages left to
+      // fill that cover each of the three trips to memory until its own can be.
+      PieceWords next;
+      int claim = 0, next_at = 0, next_ids = -1;
       const int pages = piece.Get(kNumPages);
-      for (int i = 0; i < pages; ++i) {
-        if (i > 0 && i % 32 == 0) ids = PageIds(piece, i);
-        const int id = __shfl_sync(0xffffffffu, ids, i % 32);
-        if (!(first && i < 32 && (begun >> i & 1) != 0)) {
-          RingWait(&shared_.empty[cursor_.slot], cursor_.turn ^ 1);
-          Fill(piece, id, cursor_.slot);
+#pragma unroll 1
+      for (int step = 0; step < 4; ++step) {
+        FillPages(piece, &ids, &filled, pages - (step < 3 ? (3 - step) * kPagesATrip - 1 : 0));
+        if (step == 0 && !first && lane_ == 0) claim = ClaimPiece(args_.next_piece);
+        if (step == 1) {
+          next_at = first ? at + grid : 2 * grid + __shfl_sync(0xffffffffu, claim, 0);
+          next = LoadPiece(next_at, num_pieces);
         }
-        cursor_.Advance(1, args_.ring_slots);
+        if (step == 2) {
+          next_ids = PageIds(next, 0);
+          LoadQuery(next, query);
+        }
       }
       piece = next;
       ids = next_ids;
       at = next_at;
-      next = after;
-      next_at = after_at;
+      filled = 0;
     }
     PublishPiece(PieceWords{}, query);
     // The last block to end leaves the counters as it found them.
@@ -78,6 +73,17 @@ class DecodeProducer {
   }
 
  private:
+  // The number of claims before this one. An increment, since an addition's result is waited
+  // for at once: the assembler adds up lanes and shuffles it back.
+  static __device__ __forceinline__ int ClaimPiece(int32_t* claims) {
+    int before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;"
+                 : "=r"(before)
+                 : "l"(claims)
+                 : "memory");
+    return before;
+  }
+
   // No pages past the last piece.
   __device__ __forceinline__ PieceWords LoadPiece(int i, int num_pieces) const {
     PieceWords piece;
@@ -98,16 +104,29 @@ class DecodeProducer {
                          : args_.ring_pages[span * args_.ring_pages_per_span + i - survivors];
   }
 
+  // Starts the copies of the piece's pages from *filled up to `end`, as the ring has room.
+  // `ids` are those of the 32 pages that *filled is among.
+  __device__ __forceinline__ void FillPages(const PieceWords& piece, int* ids, int* filled,
+                                            int end) {
+    int i = *filled;
+    for (; i < end; ++i) {
+      if (i % 32 == 0 && i > 0) *ids = PageIds(piece, i);
+      const int id = __shfl_sync(0xffffffffu, *ids, i % 32);
+      RingWait(&shared_.empty[cursor_.slot], cursor_.turn ^ 1);
+      Fill(piece, id, cursor_.slot);
+      cursor_.Next(args_.ring_slots);
+    }
+    *filled = i;
+  }
+
   // Starts the copy of a page, or of the newest token (id < 0), to `slot`.
   __device__ __forceinline__ void Fill(const PieceWords& piece, int id, int slot) {
-    uint8_t* codes = ring_ + slot * S::kCodeBytes;
-    uint8_t* scales = scales_ + slot * S::kScaleBytes;
+    uint8_t* to = ring_ + slot * S::kRingBytes;
     if (id >= 0) {
-      RingFillPage<S>(map_, id, args_.pages + static_cast<int64_t>(id) * S::kPageBytes, codes,
-                      scales, &shared_.full[slot], lane_);
+      RingFillPage<S>(map_, id, args_.pages, to, &shared_.full[slot], lane_);
     } else {
-      RingFillRow<S>(args_.newest + piece.Get(kSpan) * args_.newest_stride, codes, scales,
-                     &shared_.full[slot], lane_);
+      RingFillRow<S>(args_.newest + piece.Get(kSpan) * args_.newest_stride, to, &shared_.full[slot],
+                     lane_);
     }
   }
 
@@ -128,17 +147,15 @@ class DecodeProducer {
     return begun;
   }
 
-  // This lane's channels of its column's head, as DecodeWarp's right factors want them.
+  // This lane's channels of its column's head, or of the last head where the group has fewer, as
+  // DecodeWarp's right factors want them.
   __device__ __forceinline__ void LoadQuery(const PieceWords& piece, float4 (&x)[Warp::kSteps]) {
-    const int column = lane_ / 4, head = kHeads == 4 ? column / 2 : column;
+    const int head = min(lane_ / 4 / (kHeads == 4 ? 2 : 1), args_.group - 1);
     const int64_t row = piece.Get(kRow);
-    const bool any = piece.Get(kNumPages) > 0 && head < args_.group;
     const float* q = args_.q + (row * args_.group + head) * kDim;
 #pragma unroll
     for (int s = 0; s < Warp::kSteps; ++s) {
       const float* at = q + Warp::QChannel(s, lane_ % 4);
-      x[s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (!any) continue;
       if constexpr (S::kBytes == 1) {
         x[s] = __ldcg(reinterpret_cast<const float4*>(at));
       } else {
@@ -197,7 +214,6 @@ class DecodeProducer {
   const CompactDecodeArgs& args_;
   const CUtensorMap* map_;
   uint8_t* ring_;
-  uint8_t* scales_;
   Shared& shared_;
   const int lane_;
   RingCursor cursor_;

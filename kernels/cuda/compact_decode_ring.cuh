@@ -23,8 +23,11 @@ struct DecodeShape {
   static constexpr int kCodeBytes = 2 * kPartBytes;
   static_assert(kPartBytes % 1024 == 0);
   static constexpr int kScaleBytes = kScaled ? 4 * kSlots : 0;
+  static constexpr int kUsedBytes = kCodeBytes + kScaleBytes;
   static constexpr int kPageRows = kPageBytes / 128;  // of 128 bytes
-  static_assert(kPageBytes % 128 == 0);
+  static_assert(kPageBytes % 128 == 0 && kUsedBytes % 128 == 0 && kCodeBytes % 1024 == 0);
+  // A page in shared memory: codes, then scales, where the next one may start.
+  static constexpr int kRingBytes = (kUsedBytes + 1023) / 1024 * 1024;
 };
 
 // Codes lie in rows of 128 bytes, whose 16-byte vectors are permuted by the row's number as
@@ -36,6 +39,17 @@ constexpr int Swizzled(int offset) { return offset ^ ((offset >> 3) & 0x70); }
 inline constexpr uint32_t kFillArrivals = 1;
 #else
 inline constexpr uint32_t kFillArrivals = 32;
+#endif
+
+#if WINNOW_SM90A
+// True on one lane of a whole warp. The compiler knows that of elect.sync, and otherwise loops
+// over the lanes around each instruction that takes uniform registers.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}\n"
+               : "=r"(elected));
+  return elected != 0;
+}
 #endif
 
 __device__ __forceinline__ void RingBarrierInit(uint64_t* barrier, uint32_t arrivals) {
@@ -92,42 +106,36 @@ __device__ __forceinline__ void RingCopy16(uint8_t* to, const uint8_t* from, uin
 #endif
 }
 
-// A page into `codes` (1024-byte aligned) and `scales`. `map` describes all pages' bytes as
-// rows of 128, `page` is the page's id and `base` its address.
+// A page to `to` (1024-byte aligned). `map` describes all pages' bytes as rows of 128, of which
+// a box is what S uses of a page; `page` is the page's id and `pages` the address of the first.
 template <typename S>
-__device__ __forceinline__ void RingFillPage(const CUtensorMap* map, int page, const uint8_t* base,
-                                             uint8_t* codes, uint8_t* scales, uint64_t* full,
-                                             int lane) {
+__device__ __forceinline__ void RingFillPage(const CUtensorMap* map, int page, const uint8_t* pages,
+                                             uint8_t* to, uint64_t* full, int lane) {
 #if WINNOW_SM90A
-  if (lane == 0) {
-    ptx::BarrierArriveExpect(full, S::kCodeBytes + S::kScaleBytes);
-    ptx::LoadBox2(codes, map, full, 0, page * S::kPageRows);
-    if constexpr (S::kScaled) {
-      ptx::LoadBulk(scales, base + S::kCodeBytes, S::kScaleBytes, full);
-    }
+  if (ElectLane()) {
+    ptx::BarrierArriveExpect(full, S::kUsedBytes);
+    ptx::LoadBox2(to, map, full, 0, page * S::kPageRows);
   }
 #else
-  for (int i = lane * 16; i < S::kCodeBytes; i += 512) {
-    RingCopy16(codes + Swizzled(i), base + i, full);
-  }
-  if (lane * 16 < S::kScaleBytes) {
-    RingCopy16(scales + lane * 16, base + S::kCodeBytes + lane * 16, full);
+  const uint8_t* from = pages + static_cast<int64_t>(page) * S::kPageBytes;
+  for (int i = lane * 16; i < S::kUsedBytes; i += 512) {
+    RingCopy16(to + Swizzled(i), from + i, full);
   }
   RingFillEnd(full);
 #endif
 }
 
-// A flat row as the first token of a page; its two scales come first in `scales`.
+// A flat row as the first token of a page; its two scales come first among the page's.
 template <typename S>
-__device__ __forceinline__ void RingFillRow(const uint8_t* row, uint8_t* codes, uint8_t* scales,
-                                            uint64_t* full, int lane) {
+__device__ __forceinline__ void RingFillRow(const uint8_t* row, uint8_t* to, uint64_t* full,
+                                            int lane) {
   constexpr int kVectors = S::kRowBytes / 16;
   RingFillBegin(full, 2 * S::kRowBytes + (S::kScaled ? 16 : 0), lane);
   for (int i = lane; i < 2 * kVectors + (S::kScaled ? 1 : 0); i += 32) {
-    uint8_t* to = i < kVectors       ? codes + Swizzled(i * 16)
-                  : i < 2 * kVectors ? codes + S::kPartBytes + Swizzled((i - kVectors) * 16)
-                                     : scales;
-    RingCopy16(to, row + i * 16, full);
+    const int at = i < kVectors       ? Swizzled(i * 16)
+                   : i < 2 * kVectors ? S::kPartBytes + Swizzled((i - kVectors) * 16)
+                                      : S::kCodeBytes;
+    RingCopy16(to + at, row + i * 16, full);
   }
   RingFillEnd(full);
 }

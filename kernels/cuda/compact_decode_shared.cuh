@@ -74,9 +74,9 @@ struct DecodeShared {
   uint64_t piece_full[kStages], piece_empty[kStages];
   uint64_t results_full, results_empty;
   uint64_t full[kMaxRing], empty[kMaxRing];
-  // The ring lies before this: codes of ring_slots pages, then their scales.
+  // The ring of pages lies before this.
   static constexpr size_t RingBytes(int slots) {
-    return static_cast<size_t>(slots) * (S::kCodeBytes + S::kScaleBytes);
+    return static_cast<size_t>(slots) * S::kRingBytes;
   }
 };
 
@@ -89,6 +89,11 @@ __device__ __forceinline__ int PagesOf(int tokens) {
 struct RingCursor {
   int slot = 0;
   uint32_t turn = 0;
+  __device__ __forceinline__ void Next(int slots) {
+    ++slot;
+    turn ^= slot == slots ? 1 : 0;
+    slot = slot == slots ? 0 : slot;
+  }
   __device__ __forceinline__ void Advance(int n, int slots) {
     slot += n;
     while (slot >= slots) {

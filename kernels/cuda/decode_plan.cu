@@ -121,8 +121,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (lane == 0) atomicMax(&longest, largest);
   }
   __syncthreads();
-  // Pieces worth 0.6 of the longest such span a block are left.
-  const float left = 0.6f * static_cast<float>(num_blocks) * static_cast<float>(longest);
+  // Pieces worth 0.6 of the longest such span a block are left; none where whole spans of that
+  // length end nearly together.
+  const float round = static_cast<float>(num_blocks) * static_cast<float>(longest);
+  const float rounds = static_cast<float>(total_pages) / fmaxf(1.0f, round);
+  const float left = rounds - floorf(rounds) > 0.75f ? 0.0f : 0.6f * round;
   const int whole_rows =
       static_cast<int>(static_cast<float>(num_rows) *
                        fmaxf(0.0f, 1.0f - left / fmaxf(1.0f, static_cast<float>(total_pages))));

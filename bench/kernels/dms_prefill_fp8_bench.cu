@@ -73,9 +73,8 @@ class Bench {
     }
     for (DmsPrefillFp8Rows* x : {&band_, &compact_}) {
       *x = {.k = memory_.Allocate<uint8_t>(kv),
-            .v = memory_.Allocate<uint8_t>(kv),
-            .scales = memory_.Allocate<float>(2 * rows),
-            .inverses = memory_.Allocate<float>(rows)};
+            .v = memory_.Allocate<uint8_t>(rows * kPrefillFp8Channels),
+            .scales = memory_.Allocate<uint16_t>(2 * rows)};
     }
     rows_ = memory_.Allocate<uint8_t>(rows * TokenBytes(KvFormatId::kFp8, kDim));
     decisions_ = memory_.Allocate<uint8_t>(rows);

@@ -15,14 +15,15 @@
 namespace winnow::kernels {
 
 inline constexpr int kPrefillFp8Dim = 128;
+// Of V as it is laid out: its own, then eight whose outputs make the sum of weights.
+inline constexpr int kPrefillFp8Channels = kPrefillFp8Dim + 8;
 
-// Keys and values in device memory. Rows are counted within a KV head. A row's codes lie
-// where the tensor cores want them: see PrefillFp8KeyByte() and PrefillFp8ValueByte().
+// Keys and values in device memory. Rows are counted within a KV head; how a row lies among
+// the 16 of its block, the functions below say.
 struct DmsPrefillFp8Rows {
-  uint8_t* k = nullptr;       // [num_kv_heads, rows, 128]
-  uint8_t* v = nullptr;       // [num_kv_heads, rows, 128]
-  float* scales = nullptr;    // [num_kv_heads, rows, 2]: K's scale, log2 of V's scale
-  float* inverses = nullptr;  // [num_kv_heads, rows]: 1 / V's scale; 0 if that is a NaN
+  uint8_t* k = nullptr;        // [num_kv_heads, rows, 128], codes
+  uint8_t* v = nullptr;        // [num_kv_heads, rows, 136], codes, with PrefillFp8Octaves() less
+  uint16_t* scales = nullptr;  // [num_kv_heads, rows, 2], as float16: what scores need
 };
 
 // Of the code of (row, dim), from the head's first: 8 rows are eight columns of 16 bytes.
@@ -31,9 +32,15 @@ constexpr int64_t PrefillFp8KeyByte(int64_t row, int dim) {
 }
 // V transposed, 16 keys a channel, in the order in which a thread's two columns of each
 // 8 scores become 4 bytes of weights.
-constexpr int64_t PrefillFp8ValueByte(int64_t row, int dim) {
+constexpr int64_t PrefillFp8ValueByte(int64_t row, int channel) {
   const int64_t key = row % 16;
-  return row / 16 * 2048 + dim * 16 + key % 8 / 2 * 4 + key / 8 * 2 + key % 2;
+  return row / 16 * (16 * kPrefillFp8Channels) + channel * 16 + key % 8 / 2 * 4 + key / 8 * 2 +
+         key % 2;
+}
+// Of a row's first number in `scales`; its second is two further on. A thread reads those
+// of its four columns of 16 at once.
+constexpr int64_t PrefillFp8ScaleAt(int64_t row) {
+  return row / 16 * 32 + row % 8 / 2 * 8 + row % 16 / 8 * 4 + row % 2;
 }
 
 // `rows` takes the place of its band_k, band_v, compact_k and compact_v, which are not
@@ -64,11 +71,14 @@ absl::Status ValidateDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& para
 absl::Status LaunchDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& params,
                                         StreamHandle stream);
 
-// As DmsPrefillCudaParams. Queries are rounded to e4m3 with one power of two for 16 rows
-// of (position, head of the group); weights, times V's scale and with 2^7 to 2^9 for a
-// row's largest so far, to e4m3. Sums are float32, but those of a score and of the outputs
-// of up to 1024 keys are the tensor cores', which keep 13 bits. UNIMPLEMENTED without
-// sm_90a code.
+// As DmsPrefillCudaParams. Queries are rounded to e4m3 with a power of two of the row's.
+// Weights, times V's scale, are e4m3 of 2^i (1 + f) for the power 2^(i + f): up to 6 % more,
+// the same for a whole number i more or less; less than 2^-13 of a row's largest may count as
+// nothing. What a row's weights are divided by is the sum of the rounded ones. Scores
+// are summed in float16, outputs of up to 2048 keys in the tensor cores, which keep 13 bits,
+// else in float32. A key times a query whose largest entry were 1 must stay below 65504
+// (so must 128 * 448, which is why keys of up to 448 always do), or the row is NaN.
+// UNIMPLEMENTED without sm_90a code.
 struct DmsPrefillFp8CudaParams {
   DmsPrefillFp8Batch batch;
   const Bf16* q = nullptr;  // [num_rows, num_kv_heads * group, 128], row stride q_stride

@@ -15,9 +15,8 @@ absl::Status Invalid(const char* field, int64_t value) {
 }
 
 absl::Status ValidateRows(const char* name, const DmsPrefillFp8Rows& rows) {
-  if (rows.k == nullptr || rows.v == nullptr || rows.scales == nullptr ||
-      rows.inverses == nullptr || !Aligned(rows.k, 16) || !Aligned(rows.v, 16) ||
-      !Aligned(rows.scales, 16) || !Aligned(rows.inverses, 16)) {
+  if (rows.k == nullptr || rows.v == nullptr || rows.scales == nullptr || !Aligned(rows.k, 16) ||
+      !Aligned(rows.v, 16) || !Aligned(rows.scales, 16)) {
     return absl::InvalidArgumentError(
         absl::StrCat("dms_prefill_fp8: ", name, " is null or not aligned to 16 bytes"));
   }
@@ -27,11 +26,7 @@ absl::Status ValidateRows(const char* name, const DmsPrefillFp8Rows& rows) {
 }  // namespace
 
 size_t DmsPrefillFp8ScratchBytes(const DmsPrefillBatch& batch) {
-  DmsPrefillBatch at_zero = batch;
-  at_zero.scratch = nullptr;
-  const size_t tiles =
-      sizeof(internal::PrefillTile) * static_cast<size_t>(internal::MaxFp8Tiles(batch));
-  return (reinterpret_cast<size_t>(internal::ScratchOf(at_zero).tiles) + tiles + 255) / 256 * 256;
+  return DmsPrefillScratchBytes(batch);
 }
 
 absl::Status ValidateDmsPrefillFp8Batch(const DmsPrefillFp8Batch& batch) {

@@ -4,7 +4,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill_fp8.h"
 #include "kernels/cuda/dms_prefill_fp8_marks.cuh"
-#include "kernels/cuda/dms_prefill_fp8_plan.cuh"
+#include "kernels/cuda/dms_prefill_fp8_scales.h"
 #include "kernels/cuda/dms_prefill_tiles.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -16,10 +16,16 @@ namespace {
 using internal::kBuckets;
 using internal::kScanThreads;
 using internal::NumExpirable;
+using internal::PrefillFp8Octaves;
+using internal::PrefillFp8Scale;
+using internal::PrefillFp8Scales;
+using internal::PrefillFp8ScalesOf;
+using internal::PrefillFp8ShiftCode;
+using internal::PrefillFp8SumCodes;
 using internal::PrefillScratch;
 using internal::Quarter;
 
-constexpr int kDim = kPrefillFp8Dim;
+constexpr int kDim = kPrefillFp8Dim, kChannels = kPrefillFp8Channels;
 constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
 constexpr int kTokenBytes = static_cast<int>(TokenBytes(KvFormatId::kFp8, kDim));
 
@@ -32,9 +38,8 @@ struct CompactArgs {
 // A pointer of `rows` to the first row of a head.
 __device__ DmsPrefillFp8Rows OfHead(const DmsPrefillFp8Rows& all, int64_t first_row) {
   return {.k = all.k + first_row * kDim,
-          .v = all.v + first_row * kDim,
-          .scales = all.scales + first_row * 2,
-          .inverses = all.inverses + first_row};
+          .v = all.v + first_row * kChannels,
+          .scales = all.scales + first_row * 2};
 }
 
 // Marks, and zeros for the values that share the last survivors' 16 rows: a weight of 0
@@ -49,10 +54,13 @@ __global__ void __launch_bounds__(kScanThreads)
   const int count = internal::MarkBand(args.p, scratch, s, head, before);
   const DmsPrefillFp8Rows compact = OfHead(args.compact, int64_t{head} * b.compact_rows);
   const int first = s.compact_row + count, past = -count & 15;
-  for (int i = threadIdx.x; i < past * kDim; i += kScanThreads) {
-    compact.v[PrefillFp8ValueByte(first + i / kDim, i % kDim)] = 0;
+  for (int i = threadIdx.x; i < past * kChannels; i += kScanThreads) {
+    compact.v[PrefillFp8ValueByte(first + i / kChannels, i % kChannels)] = 0;
   }
-  if (static_cast<int>(threadIdx.x) < past) compact.inverses[first + threadIdx.x] = 0.0f;
+  if (static_cast<int>(threadIdx.x) < past) {
+    uint16_t* at = compact.scales + PrefillFp8ScaleAt(first + static_cast<int>(threadIdx.x));
+    at[0] = at[2] = 1;
+  }
 }
 
 // ---------------------------------------------------------------------------
@@ -62,27 +70,29 @@ __global__ void __launch_bounds__(kScanThreads)
 // block plans.
 
 constexpr int kTokens = 64;
-constexpr int kStagedBytes = 2 * kDim + 16;  // a token's; the 16 spread rows over the banks
+constexpr int kStagedBytes = kDim + kChannels + 8;  // a token's; the 8 spread rows over the banks
 
 struct Staged {
   alignas(16) float sums[kStoreWarps][4][32];
-  alignas(16) uint8_t codes[kTokens][kStagedBytes];  // K, then V
+  alignas(16) uint8_t codes[kTokens][kStagedBytes];  // K, then V's channels
   uint16_t scales[kTokens][2];
+  float v_scale[kTokens];     // as laid out
+  int octaves[kTokens];       // that V's codes are made smaller by
+  uint32_t largest;           // of V's scales, the bits of a float
   uint8_t survivor[kTokens];  // the token of the block's n-th survivor
 };
 
-// A token's parameters of the softmax.
-__device__ void WriteScales(const DmsPrefillFp8Rows& to, int row, const uint16_t (&scales)[2]) {
-  const float v = internal::FromHalf(scales[1]);
-  *reinterpret_cast<float2*>(to.scales + 2 * int64_t{row}) =
-      make_float2(internal::FromHalf(scales[0]), log2f(v));
-  to.inverses[row] = v > 0.0f ? 1.0f / v : 0.0f;
+__device__ void WriteScales(const DmsPrefillFp8Rows& to, int row, const Staged& staged, int token) {
+  uint16_t* at = to.scales + PrefillFp8ScaleAt(row);
+  const PrefillFp8Scales x = PrefillFp8ScalesOf(staged.scales[token][0], staged.v_scale[token]);
+  at[0] = x.k;
+  at[2] = x.v;
 }
 
-// Sixteen keys of channel `dim` in the order of PrefillFp8ValueByte(); key k is token
+// Sixteen keys of a channel in the order of PrefillFp8ValueByte(); key k is token
 // `token(k)`.
 template <typename Token>
-__device__ uint4 GatherValues(const Staged& staged, int dim, Token token) {
+__device__ uint4 GatherValues(const Staged& staged, int channel, Token token) {
   uint32_t words[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -90,7 +100,7 @@ __device__ uint4 GatherValues(const Staged& staged, int dim, Token token) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = i / 2 * 8 + 2 * t + i % 2;
-      words[t] |= static_cast<uint32_t>(staged.codes[token(key)][kDim + dim]) << (8 * i);
+      words[t] |= static_cast<uint32_t>(staged.codes[token(key)][kDim + channel]) << (8 * i);
     }
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
@@ -100,14 +110,17 @@ __device__ uint4 GatherValues(const Staged& staged, int dim, Token token) {
 __device__ void WriteBand(const Staged& staged, const DmsPrefillFp8Rows& band, int row,
                           int blocks16) {
   auto* k = reinterpret_cast<uint4*>(band.k + int64_t{row} * kDim);
-  auto* v = reinterpret_cast<uint4*>(band.v + int64_t{row} * kDim);
+  auto* v = reinterpret_cast<uint4*>(band.v + int64_t{row} * kChannels);
   for (int i = threadIdx.x; i < blocks16 * 128; i += kStoreThreads) {
     const int token = i / 64 * 8 + i % 8, column = i / 8 % 8;
     k[i] = *reinterpret_cast<const uint4*>(&staged.codes[token][16 * column]);
-    v[i] = GatherValues(staged, i % 128, [&](int key) { return i / 128 * 16 + key; });
+  }
+  for (int i = threadIdx.x; i < blocks16 * kChannels; i += kStoreThreads) {
+    const int block = i / kChannels;
+    v[i] = GatherValues(staged, i % kChannels, [&](int key) { return block * 16 + key; });
   }
   for (int i = threadIdx.x; i < blocks16 * 16; i += kStoreThreads) {
-    WriteScales(band, row + i, staged.scales[i]);
+    WriteScales(band, row + i, staged, i);
   }
 }
 
@@ -121,21 +134,21 @@ __device__ void WriteSurvivors(const Staged& staged, const DmsPrefillFp8Rows& co
   }
   for (int block = row / 16; block * 16 < row + count; ++block) {
     const int n0 = block * 16 - row;  // the block's first key among ours
-    uint8_t* v = compact.v + int64_t{block} * 2048;
+    uint8_t* v = compact.v + int64_t{block} * (16 * kChannels);
     if (n0 >= 0 && n0 + 16 <= count) {
-      for (int dim = threadIdx.x; dim < kDim; dim += kStoreThreads) {
-        reinterpret_cast<uint4*>(v)[dim] =
-            GatherValues(staged, dim, [&](int key) { return staged.survivor[n0 + key]; });
+      for (int c = threadIdx.x; c < kChannels; c += kStoreThreads) {
+        reinterpret_cast<uint4*>(v)[c] =
+            GatherValues(staged, c, [&](int key) { return staged.survivor[n0 + key]; });
       }
     } else {  // byte by byte: other blocks own the rest
-      for (int i = threadIdx.x; i < 2048; i += kStoreThreads) {
+      for (int i = threadIdx.x; i < 16 * kChannels; i += kStoreThreads) {
         const int n = n0 + i / 2 % 2 * 8 + i / 4 % 4 * 2 + i % 2;
         if (n >= 0 && n < count) v[i] = staged.codes[staged.survivor[n]][kDim + i / 16];
       }
     }
   }
   for (int n = threadIdx.x; n < count; n += kStoreThreads) {
-    WriteScales(compact, row + n, staged.scales[staged.survivor[n]]);
+    WriteScales(compact, row + n, staged, staged.survivor[n]);
   }
 }
 
@@ -180,6 +193,48 @@ __device__ void Stage(const CompactArgs& args, const DmsPrefillSequence& s, int 
   }
 }
 
+// The chunk's tokens to the flat rows, if wanted.
+__device__ void WriteRows(const CompactArgs& args, const DmsPrefillSequence& s, int head, int first,
+                          const Staged& staged) {
+  if (args.p.rows == nullptr) return;
+  const int fresh = max(0, s.num_prefix - first);
+  const int end = min(kTokens, s.num_prefix + s.num_tokens - first);
+  for (int i = threadIdx.x; i < (end - fresh) * 65; i += kStoreThreads) {
+    const int token = fresh + i / 65, word = i % 65;
+    const int64_t row =
+        int64_t{s.row + first + token - s.num_prefix} * args.p.batch.num_kv_heads + head;
+    reinterpret_cast<uint32_t*>(args.p.rows + row * kTokenBytes)[word] =
+        word < 64 ? reinterpret_cast<const uint32_t*>(staged.codes[token])[word]
+                  : *reinterpret_cast<const uint32_t*>(staged.scales[token]);
+  }
+}
+
+// Brings the block's scales of V together and sets what sums of weights need. All threads.
+__device__ void LevelScales(Staged& staged) {
+  const int tid = static_cast<int>(threadIdx.x);
+  float scale = 0.0f;
+  if (tid < kTokens) {
+    scale = PrefillFp8Scale(staged.scales[tid][1]);
+    if (scale < INFINITY) atomicMax(&staged.largest, __float_as_uint(scale));
+  }
+  __syncthreads();
+  if (tid < kTokens) {
+    const int octaves = PrefillFp8Octaves(scale, __uint_as_float(staged.largest));
+    scale = ldexpf(scale, octaves);
+    staged.octaves[tid] = octaves;
+    staged.v_scale[tid] = scale;
+    *reinterpret_cast<uint2*>(&staged.codes[tid][2 * kDim]) = PrefillFp8SumCodes(scale);
+  }
+  __syncthreads();
+  for (int i = tid; i < kTokens * kDim; i += kStoreThreads) {
+    const int octaves = staged.octaves[i / kDim];
+    if (octaves == 0) continue;
+    uint8_t& code = staged.codes[i / kDim][kDim + i % kDim];
+    code = PrefillFp8ShiftCode(code, octaves);
+  }
+  __syncthreads();
+}
+
 __global__ void __launch_bounds__(kStoreThreads)
     StoreFp8Kernel(const CompactArgs args, const PrefillScratch scratch, int positions) {
   __shared__ union {
@@ -209,21 +264,15 @@ __global__ void __launch_bounds__(kStoreThreads)
     survives = (mark & 1) != 0;
     if (survives) staged.survivor[(mark >> 1) - rank] = static_cast<uint8_t>(threadIdx.x);
   }
+  if (threadIdx.x == 0) staged.largest = 0;
   Stage(args, s, head, first, staged);
   const int count = __syncthreads_count(survives);
+  WriteRows(args, s, head, first, staged);
+  LevelScales(staged);
   WriteBand(staged, OfHead(args.band, int64_t{head} * b.band_rows), s.band_row + first,
             min(kTokens / 16, (band - first + 15) / 16));
   WriteSurvivors(staged, OfHead(args.compact, int64_t{head} * b.compact_rows), s.compact_row + rank,
                  count);
-  if (args.p.rows == nullptr) return;
-  const int fresh = max(0, s.num_prefix - first), end = min(kTokens, band - first);
-  for (int i = threadIdx.x; i < (end - fresh) * 65; i += kStoreThreads) {
-    const int token = fresh + i / 65, word = i % 65;
-    const int64_t row = int64_t{s.row + first + token - s.num_prefix} * b.num_kv_heads + head;
-    reinterpret_cast<uint32_t*>(args.p.rows + row * kTokenBytes)[word] =
-        word < 64 ? reinterpret_cast<const uint32_t*>(staged.codes[token])[word]
-                  : *reinterpret_cast<const uint32_t*>(staged.scales[token]);
-  }
 }
 
 }  // namespace
@@ -251,7 +300,7 @@ absl::Status LaunchDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& params
   const int pieces = (b.max_band + kTokens - 1) / kTokens * b.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(1 + pieces), static_cast<unsigned>(b.batch));
   return LaunchEarly(StoreFp8Kernel, grid, kStoreThreads, 0, stream, args, scratch,
-                     internal::Fp8TilePositions(b.group));
+                     internal::TilePositions(kDim, b.group));
 }
 
 }  // namespace winnow::kernels

@@ -2,67 +2,43 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/dms_prefill_fp8_plan.cuh"
+#include "kernels/cuda/dms_prefill_fp8.h"
+#include "kernels/cuda/dms_prefill_fp8_list.cuh"
+#include "kernels/cuda/dms_prefill_produce.cuh"
 #include "kernels/cuda/ptx.cuh"
 
-// Prefix + band with FP8 products. A block is one producer warpgroup (one thread issues
-// copies) and kConsumers warpgroups of 64 query rows; blocks stay and take tiles by ticket,
-// longest first. A row of a tile is (position, head of the group).
-// The keys of a tile are one list, in boxes of kBoxKeys and pieces of 16:
-//
-//   survivors older than the window of every row [0, n) | padding to a multiple of 16 |
-//   band rows older than the tile's band, to a multiple of 16 | the band, dense
-//
-// A score is ks_j * qs * <q codes, k codes>; a weight is 2^(score + log2 vs_j - reference),
-// with V's scale vs_j inside, so that e4m3's range is spent on what counts, the product.
-// Their sum takes vs_j out again.
-//
-// This file: what a block's threads share, and the thread that issues copies.
+// A block of the FP8 prefill (dms_prefill_fp8_sm90.cuh) and its producers.
 namespace winnow::kernels::internal {
 
 struct PrefillFp8Shape {
   static constexpr int kDim = kPrefillFp8Dim;
-  static constexpr int kRows = kFp8TileRows;
+  static constexpr int kChannels = kPrefillFp8Channels;
+  static constexpr int kRows = kTileRows<kDim>;
   static constexpr int kConsumers = kRows / 64;
-  static constexpr int kBoxKeys = 128;
-  static constexpr int kStepKeys = 64;  // of one softmax step
-  // Keys whose outputs are summed in the tensor cores, which drop low bits.
-  static constexpr int kSaveKeys = 8 * kBoxKeys;
+  // Boxes whose outputs are summed in the tensor cores, which drop low bits.
+  static constexpr int kSaveBoxes = 16;
   static constexpr int kStages = 3;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = 160;
-  // What the producer gives up, from 65536 / kThreads registers, the consumers take.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(kLaunchRegisters - kProducerRegisters >=
-                kConsumers * (kConsumerRegisters - kLaunchRegisters));
-  static constexpr int kBoxBytes = kBoxKeys * kDim;
-};
-
-// A tile as the block's threads need it; head < 0: no more tiles.
-struct Fp8TileWork {
-  int32_t head;
-  int32_t num_survivors, padded;  // ends of the list's first two parts
-  int32_t band_start, num_keys;   // of the band's part that is the tile's
-  int32_t compact_row;            // of the first survivor
-  int32_t band_row;               // of list key `padded`
-  int32_t query_offset;           // of the first position, from list key `band_start`
-  int32_t row;                    // of the first position in q and out
-  int32_t num_positions;
+  static constexpr int kThreads = 128 * (kConsumers + 2);
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kConsumerRegisters = 208;
+  static constexpr uint32_t kKeyBytes = kBoxKeys * kDim;
+  static constexpr uint32_t kValueBytes = kBoxKeys * kChannels;
 };
 
 template <typename Shape>
 struct PrefillFp8Shared {
-  alignas(128) uint8_t q[Shape::kRows * Shape::kDim];
-  alignas(128) uint8_t k[Shape::kStages][Shape::kBoxBytes];
-  alignas(128) uint8_t v[Shape::kStages][Shape::kBoxBytes];
+  alignas(128) uint8_t q[2][Shape::kRows * Shape::kDim];
+  alignas(128) uint8_t k[Shape::kStages][Shape::kKeyBytes];
+  alignas(128) uint8_t v[Shape::kStages][Shape::kValueBytes];
   float4 o[16][128 * Shape::kConsumers];  // outputs taken out of the tensor cores, a thread's
-  alignas(16) float scales[Shape::kStages][2 * Shape::kBoxKeys];
-  alignas(16) float inverses[Shape::kStages][Shape::kBoxKeys];
-  alignas(8) uint64_t k_full[Shape::kStages], k_empty[Shape::kStages];
+  alignas(16) uint16_t scales[Shape::kStages][2 * kBoxKeys];
+  float q_unit[2][Shape::kRows];  // what a code of 1 stands for
+  alignas(8) uint64_t q_full[2];
+  uint64_t k_full[Shape::kStages], k_empty[Shape::kStages];
   uint64_t v_full[Shape::kStages], v_empty[Shape::kStages];
-  uint64_t work_full[2], work_empty[2];
-  Fp8TileWork work[2];
+  uint64_t list_full[2], work_full[2], work_empty[2];  // of work alone, and of seen too
+  alignas(16) Fp8TileWork work[2];
+  alignas(16) uint32_t seen[2][MaxFp8EdgeBoxes(Shape::kRows)][Shape::kRows][4];
 };
 
 struct PrefillFp8Args {
@@ -73,17 +49,18 @@ struct PrefillFp8Args {
   int64_t q_stride;
   Bf16* out;
   int num_kv_heads, group, window, band_rows, compact_rows, positions;
-  float scale_log2;  // scale * log2(e)
+  float exponent_scale;  // scale * log2(e) * kFp8PerOctave
+  int least_q_exponent;  // of a row's largest query, as float32 has it; smaller ones count as it
 };
 
 // The stages of a ring of boxes: which, and the parity of its current turn.
 template <int kStages>
 struct Fp8Ring {
-  int stage = 0;
+  int at = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
+    if (++at == kStages) {
+      at = 0;
       parity ^= 1;
     }
   }
@@ -91,97 +68,161 @@ struct Fp8Ring {
 
 #if WINNOW_SM90A
 
-// Calls copy(rows, first row, first key in the box, keys) for the box's one or two parts.
-template <typename Shape, typename Copy>
-__device__ __forceinline__ void ForParts(const PrefillFp8Args& args, const Fp8TileWork& w, int box,
-                                         Copy copy) {
-  const int first = box * Shape::kBoxKeys;
-  const int end = min(first + Shape::kBoxKeys, (w.num_keys + 15) & ~15);
-  if (first < w.padded) {
-    copy(args.compact, int64_t{w.head} * args.compact_rows + w.compact_row + first, 0,
-         min(end, w.padded) - first);
+// The block's tiles, one after another, by a warp.
+template <typename Shape>
+__device__ __forceinline__ void ScheduleFp8(const PrefillFp8Args& args,
+                                            PrefillFp8Shared<Shape>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_tiles = *args.scratch.num_tiles;
+  int ticket = static_cast<int>(blockIdx.x);
+  for (int tile = 0;; ++tile) {
+    const Place<2> place(tile);
+    Fp8TileWork& w = shared.work[place.at];
+    ptx::BarrierWait(&shared.work_empty[place.at], place.parity ^ 1);
+    const bool end = ticket >= num_tiles;
+    Fp8TileWork list{.head = kEndOfTiles};
+    if (!end) {
+      const PrefillTile next = args.scratch.tiles[ticket];
+      list = MakeFp8TileWork(next, args.sequences[next.sequence], args.positions, args.window);
+    }
+    if (lane == 0) w = list;
+    __syncwarp();
+    if (lane == 0) ptx::BarrierArrive(&shared.list_full[place.at]);
+    if (!end) {
+      if (lane == 0) ticket = static_cast<int>(gridDim.x) + atomicAdd(args.scratch.ticket, 1);
+      FindSeenFp8(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
+                  shared.seen[place.at]);
+      ticket = __shfl_sync(~0u, ticket, 0);
+    }
+    __syncwarp();
+    if (lane == 0) ptx::BarrierArrive(&shared.work_full[place.at]);
+    if (end) return;
   }
-  if (end > w.padded) {
-    const int from = max(first, w.padded);
-    copy(args.band, int64_t{w.head} * args.band_rows + w.band_row + from - w.padded, from - first,
-         end - from);
+}
+
+// Calls copy(rows, first row, first key in the box, keys) for the parts of a box of the list.
+template <typename Copy>
+__device__ __forceinline__ void ForParts(const PrefillFp8Args& args, const Fp8TileWork& w,
+                                         int first, Copy copy) {
+  const int end = min(first + kBoxKeys, RoundUpTo16(w.num_keys));
+  for (int key = first; key < end;) {
+    const DmsPrefillFp8Rows* rows = &args.band;
+    int row = w.old_row + key, part_end = w.new_at, head_rows = args.band_rows;
+    if (key >= w.survivors_at) {
+      rows = &args.compact;
+      row = w.compact_row + key - w.survivors_at;
+      part_end = end;
+      head_rows = args.compact_rows;
+    } else if (key >= w.edge_end) {
+      row = w.middle_row + key - w.edge_end;
+      part_end = w.survivors_at;
+    } else if (key >= w.new_at) {
+      row = w.new_row + key - w.new_at;
+      part_end = w.edge_end;
+    }
+    const int n = min(part_end, end) - key;
+    copy(*rows, int64_t{w.head} * head_rows + row, key - first, n);
+    key += n;
   }
 }
 
-template <typename Shape>
-__device__ __forceinline__ void LoadKeysFp8(const PrefillFp8Args& args, const Fp8TileWork& w,
-                                            int box, PrefillFp8Shared<Shape>& shared, int stage) {
-  uint64_t* full = &shared.k_full[stage];
-  const int keys = min(Shape::kBoxKeys, ((w.num_keys + 15) & ~15) - box * Shape::kBoxKeys);
-  ptx::BarrierArriveExpect(full, static_cast<uint32_t>(keys) * (Shape::kDim + 12));
-  ForParts<Shape>(args, w, box, [&](const DmsPrefillFp8Rows& rows, int64_t row, int at, int n) {
-    const uint32_t count = static_cast<uint32_t>(n);
-    ptx::LoadBytes(shared.k[stage] + at * Shape::kDim, rows.k + row * Shape::kDim,
-                   count * Shape::kDim, full);
-    ptx::LoadBytes(shared.scales[stage] + 2 * at, rows.scales + 2 * row, count * 8, full);
-    ptx::LoadBytes(shared.inverses[stage] + at, rows.inverses + row, count * 4, full);
-  });
-}
-
-template <typename Shape>
-__device__ __forceinline__ void LoadValuesFp8(const PrefillFp8Args& args, const Fp8TileWork& w,
-                                              int box, PrefillFp8Shared<Shape>& shared, int stage) {
-  uint64_t* full = &shared.v_full[stage];
-  const int keys = min(Shape::kBoxKeys, ((w.num_keys + 15) & ~15) - box * Shape::kBoxKeys);
-  ptx::BarrierArriveExpect(full, static_cast<uint32_t>(keys) * Shape::kDim);
-  ForParts<Shape>(args, w, box, [&](const DmsPrefillFp8Rows& rows, int64_t row, int at, int n) {
-    ptx::LoadBytes(shared.v[stage] + at * Shape::kDim, rows.v + row * Shape::kDim,
-                   static_cast<uint32_t>(n) * Shape::kDim, full);
-  });
-}
-
-template <typename Shape>
+// Issues the copies of all tiles' keys or those of the values; one thread.
+template <typename Shape, bool kValues>
 __device__ __forceinline__ void ProduceFp8(const PrefillFp8Args& args,
                                            PrefillFp8Shared<Shape>& shared) {
-  Fp8Ring<Shape::kStages> k, v;
-  Fp8Ring<2> work;
-  const int num_tiles = *args.scratch.num_tiles;
-  while (true) {
-    const int ticket = atomicAdd(args.scratch.ticket, 1);
-    Fp8TileWork w{.head = -1};
-    if (ticket < num_tiles) {
-      const PrefillTile tile = args.scratch.tiles[ticket];
-      const DmsPrefillSequence s = args.sequences[tile.sequence];
-      const int position = s.num_prefix + tile.first;  // in the band
-      const int oldest = max(0, position - args.window);
-      w.head = tile.head;
-      w.num_survivors = tile.num_survivors;
-      w.padded = (tile.num_survivors + 15) & ~15;
-      w.num_positions = min(args.positions, s.num_tokens - tile.first);
-      w.band_start = w.padded + oldest % 16;
-      w.num_keys = w.band_start + position + w.num_positions - oldest;
-      w.compact_row = s.compact_row;
-      w.band_row = s.band_row + oldest / 16 * 16;
-      w.query_offset = position - oldest;
-      w.row = s.row + tile.first;
-    }
-    ptx::BarrierWait(&shared.work_empty[work.stage], work.parity ^ 1);
-    shared.work[work.stage] = w;
-    ptx::BarrierArrive(&shared.work_full[work.stage]);
-    work.Next();
+  constexpr int kRowBytes = kValues ? Shape::kChannels : Shape::kDim;
+  constexpr int kAllBytes = kValues ? kRowBytes : kRowBytes + 4;
+  Fp8Ring<Shape::kStages> ring;
+  for (int tile = 0;; ++tile) {
+    const Place<2> place(tile);
+    ptx::BarrierWait(&shared.list_full[place.at], place.parity);
+    const Fp8TileWork& w = shared.work[place.at];
     if (w.head < 0) return;
-
-    for (int i = 0; i < w.num_positions; ++i) {
-      ptx::PrefetchBytes(args.q + (w.row + i) * args.q_stride + w.head * args.group * Shape::kDim,
-                         static_cast<uint32_t>(args.group * Shape::kDim * 2));
+    for (int first = 0; first < w.num_keys; first += kBoxKeys, ring.Next()) {
+      uint8_t* to = kValues ? shared.v[ring.at] : shared.k[ring.at];
+      uint64_t* full = kValues ? &shared.v_full[ring.at] : &shared.k_full[ring.at];
+      ptx::BarrierWait(kValues ? &shared.v_empty[ring.at] : &shared.k_empty[ring.at],
+                       ring.parity ^ 1);
+      const int keys = min(kBoxKeys, RoundUpTo16(w.num_keys) - first);
+      ptx::BarrierArriveExpect(full, static_cast<uint32_t>(keys * kAllBytes));
+      ForParts(args, w, first, [&](const DmsPrefillFp8Rows& rows, int64_t row, int at, int n) {
+        const uint8_t* from = (kValues ? rows.v : rows.k) + row * kRowBytes;
+        ptx::LoadBulk(to + at * kRowBytes, from, static_cast<uint32_t>(n * kRowBytes), full);
+        if constexpr (!kValues) {
+          ptx::LoadBulk(shared.scales[ring.at] + 2 * at, rows.scales + 2 * row,
+                        static_cast<uint32_t>(n * 4), full);
+        }
+      });
     }
-    const int boxes = (w.num_keys + Shape::kBoxKeys - 1) / Shape::kBoxKeys;
-    for (int box = 0; box <= boxes; ++box) {
-      if (box < boxes) {
-        ptx::BarrierWait(&shared.k_empty[k.stage], k.parity ^ 1);
-        LoadKeysFp8<Shape>(args, w, box, shared, k.stage);
-        k.Next();
-      }
-      if (box > 0) {
-        ptx::BarrierWait(&shared.v_empty[v.stage], v.parity ^ 1);
-        LoadValuesFp8<Shape>(args, w, box - 1, shared, v.stage);
-        v.Next();
-      }
+    ptx::BarrierArrive(&shared.work_empty[place.at]);
+  }
+}
+
+// Eight rows of a tile's queries to e4m3, the largest code of a row in [1/2, 1), rows of
+// nobody as zeros, one with a value that is not finite as NaNs. A warp.
+template <typename Shape>
+__device__ __forceinline__ void QuantizeRows(const PrefillFp8Args& args, const Fp8TileWork& w,
+                                             int first_row, uint8_t* codes, float* units) {
+  constexpr int kLoads = 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 16;
+  uint4 x[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int row = first_row + 2 * i + lane / 16, position = row / args.group;
+    x[i] = make_uint4(0, 0, 0, 0);
+    if (position < w.num_positions) {
+      const int head = w.head * args.group + row - position * args.group;
+      x[i] = *reinterpret_cast<const uint4*>(args.q + (w.row + position) * args.q_stride +
+                                             head * Shape::kDim + 8 * column);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const uint32_t pairs[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+    uint32_t largest = 0;  // of the upper and of the lower halves
+#pragma unroll
+    for (const uint32_t pair : pairs) largest = __vmaxu2(largest, pair & 0x7fff7fffu);
+    largest = max(largest >> 16, largest & 0xffff);
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+    }
+    const int exponent = min(max(static_cast<int>(largest >> 7), args.least_q_exponent), 252);
+    const uint32_t scale_bits = static_cast<uint32_t>(253 - exponent) << 23;
+    const float scale = __uint_as_float(largest < 0x7f80 ? scale_bits : 0x7fffffffu);
+    float y[8];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      y[2 * n] = scale * __uint_as_float(pairs[n] << 16);
+      y[2 * n + 1] = scale * __uint_as_float(pairs[n] & 0xffff0000u);
+    }
+    const int row = first_row + 2 * i + lane / 16;
+    *reinterpret_cast<uint2*>(codes + row / 8 * 1024 + column / 2 * 128 + row % 8 * 16 +
+                              column % 2 * 8) =
+        make_uint2(ptx::PackE4m3(y[0], y[1], y[2], y[3]), ptx::PackE4m3(y[4], y[5], y[6], y[7]));
+    if (column == 0) units[row] = __uint_as_float(static_cast<uint32_t>(exponent + 1) << 23);
+  }
+}
+
+// The queries of all tiles, by a warpgroup.
+template <typename Shape>
+__device__ __forceinline__ void QuantizeQueries(const PrefillFp8Args& args,
+                                                PrefillFp8Shared<Shape>& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+  for (int tile = 0;; ++tile) {
+    const Place<2> place(tile);
+    ptx::BarrierWait(&shared.list_full[place.at], place.parity);
+    const Fp8TileWork& w = shared.work[place.at];
+    if (w.head < 0) return;
+#pragma unroll 1
+    for (int row = 8 * warp; row < Shape::kRows; row += 32) {
+      QuantizeRows<Shape>(args, w, row, shared.q[place.at], shared.q_unit[place.at]);
+    }
+    ptx::FenceForWgmma();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      ptx::BarrierArrive(&shared.q_full[place.at]);
+      ptx::BarrierArrive(&shared.work_empty[place.at]);
     }
   }
 }

@@ -2,111 +2,109 @@
 
 #include <cuda_runtime.h>
 
-#include <cmath>
-
 #include "kernels/cuda/dms_prefill_fp8_produce.cuh"
+#include "kernels/cuda/dms_prefill_fp8_scales.h"
 
-// From products of codes to e4m3 weights, in a thread's registers.
+// From products of codes to e4m3 weights, in a thread's registers, two float16 at a time.
+//
+// A score s of key j is <q codes, k codes>, and z = (s * ks_j + shift) * unit + log2 vs_j in
+// units of kFp8PerOctave; shift and unit are the row's. 127 z, cut to [0, 127] and rounded, is
+// the code of the weight: an e4m3 code is 8 (i + 7) + 8 f for 2^i (1 + f), so this takes 1 + f
+// for 2^f. V's scale vs_j is inside, so that e4m3's range is spent on what counts, the product.
+// The sum of weights, out of the tensor cores, takes vs_j out again: PrefillFp8SumCodes().
 namespace winnow::kernels::internal {
 
 #if WINNOW_SM90A
 
-// Element 4 j + 2 r + e of a thread's scores is row r (of its two), key 8 j + 2 (lane % 4) + e.
-// Products of codes become log2 of the weights times V's scale.
-__device__ __forceinline__ void ScaleScores(float (&s)[32], const float* scales, float q_scale) {
-  const auto* pairs = reinterpret_cast<const float4*>(scales) + threadIdx.x % 4;
+// The even bits of x, then the odd ones.
+__device__ __forceinline__ uint32_t EvenThenOdd(uint32_t x) {
+  const auto swap = [&](uint32_t mask, int by) {  // the bits of mask with those `by` above
+    const uint32_t differ = (x ^ x >> by) & mask;
+    x ^= differ | differ << by;
+  };
+  swap(0x22222222u, 1);
+  swap(0x0c0c0c0cu, 2);
+  swap(0x00f000f0u, 4);
+  swap(0x0000ff00u, 8);
+  return x;
+}
+
+// s[2 j + r] is row r (of the thread's two), keys 8 j + 2 (lane % 4) + {0, 1}. Sets what a row
+// does not see to -infinity: bit n of seen[r] is key 8 (n / 2) + n % 2 of the thread.
+__device__ __forceinline__ void MaskScoresFp8(uint32_t (&s)[32], const uint32_t (&seen)[2]) {
+  const uint32_t bits[2] = {EvenThenOdd(seen[0]), EvenThenOdd(seen[1])};
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float4 c = pairs[4 * j];
-    const float a = c.x * q_scale, b = c.z * q_scale;
-    s[4 * j] = fmaf(s[4 * j], a, c.y);
-    s[4 * j + 1] = fmaf(s[4 * j + 1], b, c.w);
-    s[4 * j + 2] = fmaf(s[4 * j + 2], a, c.y);
-    s[4 * j + 3] = fmaf(s[4 * j + 3], b, c.w);
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t mask = (bits[i % 2] >> (i / 2) & 0x00010001u) * 0xffffu;
+    s[i] = (s[i] & mask) | (~mask & 0xfc00fc00u);
   }
 }
 
-// Sets what a row does not see to -infinity; `offset` of the rows' positions, from list
-// key w.band_start.
-__device__ __forceinline__ void MaskScoresFp8(float (&s)[32], const Fp8TileWork& w, int first_key,
-                                              const int (&offset)[2], const PrefillFp8Args& args) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int32_t* marks = args.scratch.marks + int64_t{w.head} * args.band_rows + w.band_row;
-  // Bit c of the two words: key c is seen whatever the window (survivor, or band and kept).
-  uint32_t kept[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int key = first_key + 32 * i + lane;
-    const bool in_band = key >= w.band_start && key < w.num_keys;
-    const bool bit = key < w.num_survivors || (in_band && (marks[key - w.padded] & 1) != 0);
-    kept[i] = __ballot_sync(~0u, bit) >> (2 * (lane % 4));
-  }
-  const int shift = w.band_start - first_key - 2 * (lane % 4);  // its column, from ours
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int newest = shift + offset[r];
-    const int oldest = shift + max(0, offset[r] - args.window);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = 8 * j + e;
-        const bool always = (kept[j / 4] >> (8 * (j % 4) + e) & 1) != 0;
-        const bool seen = column <= newest && (column >= oldest || always);
-        if (!seen) s[4 * j + 2 * r + e] = -INFINITY;
-      }
-    }
-  }
-}
-
-// The running softmax of a thread's two rows.
+// The running softmax of a thread's two rows; both halves of a word are the same.
 struct Fp8Softmax {
-  // A weight is 2^(exponent - reference + 7). A reference may lag its row's largest
-  // exponent as long as e4m3 holds the weights.
-  float reference[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
+  // The code to which a row's largest is brought; 127, which is past all codes, is 22 / 8 octaves
+  // more. At 1 / 8 octave 1 + f is above 2^f by 3.2 %, about the mean of all f.
+  static constexpr float kTop = 105.0f / 127.0f;
+  uint32_t unit[2], shift[2];
 
-  // Exponents to weights, as A fragments of 64 rows times 64 keys in the order of
-  // PrefillFp8ValueByte(). Returns whether one may be past e4m3's range.
-  __device__ __forceinline__ bool Pack(const float (&x)[32], const float* inverses,
-                                       uint32_t (&p)[8], float (&sums)[2]) const {
-    const float base[2] = {reference[0] - 7.0f, reference[1] - 7.0f};
-    const auto* pairs = reinterpret_cast<const float2*>(inverses) + threadIdx.x % 4;
-    float even[2] = {sum[0], sum[1]}, odd[2] = {0.0f, 0.0f};
-    uint32_t past = 0;
+  __device__ __forceinline__ void Reset(float unit0, float unit1) {
+    unit[0] = ptx::PackF16(unit0, unit0);
+    unit[1] = ptx::PackF16(unit1, unit1);
+    shift[0] = shift[1] = 0x7bff7bffu;  // the largest
+  }
+
+  // Lowers the shifts until no exponent is above kTop; returns by what earlier outputs shrink.
+  __device__ __forceinline__ float2 Raise(const uint32_t (&s)[32], const uint16_t* scales) {
+    const auto* fours = reinterpret_cast<const uint4*>(scales) + threadIdx.x % 4;
+    uint32_t most[2] = {0xfc00fc00u, 0xfc00fc00u};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 16 keys
-      const float2 a = pairs[8 * i], b = pairs[8 * i + 4];
+    for (int n = 0; n < 8; ++n) {
+      const uint4 c = fours[4 * n];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float* from = x + 8 * i + 2 * r;
-        const float w0 = ptx::Exp2(from[0] - base[r]), w1 = ptx::Exp2(from[1] - base[r]);
-        const float w2 = ptx::Exp2(from[4] - base[r]), w3 = ptx::Exp2(from[5] - base[r]);
-        even[r] = fmaf(w0, a.x, even[r]);
-        odd[r] = fmaf(w1, a.y, odd[r]);
-        even[r] = fmaf(w2, b.x, even[r]);
-        odd[r] = fmaf(w3, b.y, odd[r]);
-        p[2 * i + r] = ptx::PackE4m3(w0, w1, w2, w3);
-        past |= p[2 * i + r] + 0x02020202u;  // a code from 0x7e (448) on sets its highest bit
+        const uint32_t a = ptx::Mul2(s[4 * n + r], c.x), b = ptx::Mul2(s[4 * n + 2 + r], c.z);
+        most[r] = ptx::Max2(most[r], ptx::Fma2(a, unit[r], c.y));
+        most[r] = ptx::Max2(most[r], ptx::Fma2(b, unit[r], c.w));
       }
     }
-    sums[0] = even[0] + odd[0];
-    sums[1] = even[1] + odd[1];
-    return (past & 0x80808080u) != 0;
-  }
-  // Moves the references of the warp's rows up to their largest exponents. Earlier
-  // outputs of the thread then shrink by `shrink`, as does `sum` here.
-  __device__ __forceinline__ void Follow(const float (&x)[32], float (&shrink)[2]) {
+    float shrink[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float m = reference[r];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) m = fmaxf(m, fmaxf(x[4 * j + 2 * r], x[4 * j + 2 * r + 1]));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      shrink[r] = ptx::Exp2(reference[r] - m);
-      reference[r] = m;
-      sum[r] *= shrink[r];
+      most[r] = ptx::Max2(most[r], __shfl_xor_sync(~0u, most[r], 1));
+      most[r] = ptx::Max2(most[r], __shfl_xor_sync(~0u, most[r], 2));
+      const float2 pair = ptx::UnpackF16(most[r]);
+      const float by = ptx::UnpackF16(unit[r]).x, before = ptx::UnpackF16(shift[r]).x;
+      const float now = (kTop - fmaxf(pair.x, pair.y)) * ptx::Reciprocal(by);
+      shrink[r] = 1.0f;
+      if (now < before) {
+        shift[r] = ptx::PackF16(now, now);
+        shrink[r] = ptx::Exp2((ptx::UnpackF16(shift[r]).x - before) * by * (1.0f / kFp8PerOctave));
+      }
     }
+    return make_float2(shrink[0], shrink[1]);
+  }
+
+  // Scores to weights, as A fragments of 64 rows times 128 keys in the order of
+  // PrefillFp8ValueByte(). Returns whether one is past e4m3's range, and so a NaN.
+  __device__ __forceinline__ bool Weigh(const uint32_t (&s)[32], const uint16_t* scales,
+                                        uint32_t (&p)[16]) const {
+    const auto* fours = reinterpret_cast<const uint4*>(scales) + threadIdx.x % 4;
+    uint32_t past = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {  // 16 keys
+      const uint4 c = fours[4 * n];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t a = ptx::FmaSaturated2(ptx::Fma2(s[4 * n + r], c.x, shift[r]), unit[r], c.y);
+        const uint32_t b =
+            ptx::FmaSaturated2(ptx::Fma2(s[4 * n + 2 + r], c.z, shift[r]), unit[r], c.w);
+        // 127 and 1024: what is left of a sum from 1024 on are whole numbers.
+        p[2 * n + r] = __byte_perm(ptx::Fma2(a, 0x57f057f0u, 0x64006400u),
+                                   ptx::Fma2(b, 0x57f057f0u, 0x64006400u), 0x6420);
+        past |= p[2 * n + r] + 0x01010101u;
+      }
+    }
+    return (past & 0x80808080u) != 0;
   }
 };
 

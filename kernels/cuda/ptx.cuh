@@ -53,6 +53,41 @@ __device__ __forceinline__ uint32_t PackE4m3(float a, float b, float c, float d)
   return packed;
 }
 
+// Two float16 in a word. A NaN loses against any number in Max2(), and FmaSaturated2(), which
+// cuts to [0, 1], makes it 0.
+__device__ __forceinline__ uint32_t PackF16(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+__device__ __forceinline__ float2 UnpackF16(uint32_t packed) {
+  float2 x;
+  asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(packed));
+  return x;
+}
+__device__ __forceinline__ uint32_t Mul2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint32_t Fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t FmaSaturated2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t Max2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // Waits for the kernels before this one in the stream, where LaunchEarly() started it.
 __device__ __forceinline__ void WaitForPredecessors() {
 #if __CUDA_ARCH__ >= 900
@@ -162,22 +197,6 @@ __device__ __forceinline__ void LoadBox4(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
-// Copies `bytes`, a multiple of 16 from and to multiples of 16, into shared memory; they
-// complete on `barrier`.
-__device__ __forceinline__ void LoadBytes(void* to, const void* from, uint32_t bytes,
-                                          uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(to)),
-      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-}
-
-// Asks for `bytes`, a multiple of 16 from a multiple of 16, to be brought into the L2 cache.
-__device__ __forceinline__ void PrefetchBytes(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Makes this thread's writes to shared memory visible to wgmma, after a barrier.
 __device__ __forceinline__ void FenceForWgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -211,6 +230,11 @@ template <int kN>
 __device__ __forceinline__ void Pin(float (&x)[kN]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int kN>
+__device__ __forceinline__ void Pin(uint32_t (&x)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 // Descriptor of a matrix in shared memory in 128-byte swizzled rows of 64 BF16, as
@@ -279,27 +303,34 @@ __device__ __forceinline__ void WgmmaRs(float (&d)[32], const uint32_t* a, uint6
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-// d[64, 64] (+)= a[64, 32] * b[64, 32]^T of e4m3, all from shared memory, both K-major.
-__device__ __forceinline__ void WgmmaE4m3Ss(float (&d)[32], uint64_t a, uint64_t b,
-                                            int accumulate) {
+#define WINNOW_R8(x, i)                                                                       \
+  "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3]), "+r"(x[i + 4]), "+r"(x[i + 5]), \
+      "+r"(x[i + 6]), "+r"(x[i + 7])
+
+// d[64, 128] (+)= a[64, 32] * b[128, 32]^T of e4m3, all from shared memory, both K-major; d in
+// float16, two columns a word.
+__device__ __forceinline__ void WgmmaE4m3Ss128(uint32_t (&d)[32], uint64_t a, uint64_t b,
+                                               int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" WINNOW_D32
+      "wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {" WINNOW_D32
       "}, %32, %33, p, 1, 1;\n}\n"
-      : WINNOW_F32(d, 0)
+      : WINNOW_R8(d, 0), WINNOW_R8(d, 8), WINNOW_R8(d, 16), WINNOW_R8(d, 24)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// d[64, 128] += a[64, 32] (registers) * b[128, 32]^T of e4m3, b K-major.
-__device__ __forceinline__ void WgmmaE4m3Rs(float (&d)[64], const uint32_t* a, uint64_t b) {
+// d[64, 136] (+)= a[64, 32] (registers) * b[136, 32]^T of e4m3, b K-major.
+__device__ __forceinline__ void WgmmaE4m3Rs136(float (&d)[68], const uint32_t* a, uint64_t b,
+                                               int accumulate) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" WINNOW_D64
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
-      : WINNOW_F32(d, 0), WINNOW_F32(d, 32)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %73, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {" WINNOW_D64
+      ", %64, %65, %66, %67}, {%68, %69, %70, %71}, %72, p, 1, 1;\n}\n"
+      : WINNOW_F32(d, 0), WINNOW_F32(d, 32), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
+#undef WINNOW_R8
 #undef WINNOW_D64
 #undef WINNOW_D32
 #undef WINNOW_F32

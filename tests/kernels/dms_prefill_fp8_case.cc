@@ -5,6 +5,8 @@
 #include <cstring>
 #include <random>
 
+#include "kernels/cuda/dms_prefill_fp8_scales.h"
+
 namespace winnow::kernels {
 namespace {
 
@@ -34,12 +36,11 @@ double RoundE4m3(double x) {
   return std::nearbyint(x / step) * step;
 }
 
-// Of V of a flat row: positive and finite here.
-double ValueScale(const uint8_t* row) {
+// The scale of V of vector i, positive and finite here.
+float ValueScale(const Inputs& in, size_t i) {
   uint16_t half;
-  std::memcpy(&half, RowToken(KvFormatId::kFp8, kDim, row).v_scale, 2);
-  const int exponent = half >> 10, fraction = half & 1023;
-  return exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024, exponent - 25);
+  std::memcpy(&half, RowToken(KvFormatId::kFp8, kDim, &in.rows[i * kTokenBytes]).v_scale, 2);
+  return internal::PrefillFp8Scale(half);
 }
 
 }  // namespace
@@ -93,31 +94,33 @@ Inputs MakeInputs(const Fp8Case& c, int tokens, Data data, uint32_t seed) {
   return in;
 }
 
+float LargestValueScale(const Fp8Case& c, const Inputs& in, int prefix, int token, int head) {
+  const int band = prefix - std::min(prefix, c.window);
+  const int first = token < band ? token / 64 * 64 : band + (token - band) / 64 * 64;
+  const int end = std::min(first + 64, token < band ? band : in.tokens);
+  float largest = 0.0f;
+  for (int t = first; t < end; ++t) {
+    largest = std::max(largest, ValueScale(in, Size(t * c.kv_heads + head)));
+  }
+  return largest;
+}
+
 bool Kept(const Fp8Case& c, const Inputs& in, int token, int head) {
   const int own = token + c.shift;
   return own >= in.tokens || in.decisions[Size(own * c.kv_heads + head)] == 0;
 }
 
-std::vector<double> RoundedQueries(const Fp8Case& c, const Inputs& in, int prefix) {
+std::vector<double> RoundedQueries(const Inputs& in) {
   std::vector<double> q(in.q.size());
   std::transform(in.q.begin(), in.q.end(), q.begin(), [](Bf16 x) { return ToFloat(x); });
-  const int positions = 192 / c.group, heads = c.kv_heads * c.group;
-  for (int first = prefix; first < in.tokens; first += positions) {
-    const int rows = std::min(positions, in.tokens - first) * c.group;
-    for (int g = 0; g < c.kv_heads; ++g) {
-      for (int row0 = 0; row0 < rows; row0 += 16) {
-        const auto for_each = [&](auto what) {
-          for (int row = row0; row < std::min(row0 + 16, rows); ++row) {
-            const int at = ((first + row / c.group) * heads + g * c.group + row % c.group) * kDim;
-            for (int d = 0; d < kDim; ++d) what(q[Size(at + d)]);
-          }
-        };
-        double largest = 0.0;
-        for_each([&](double x) { largest = std::max(largest, std::fabs(x)); });
-        const double unit = largest == 0.0 ? 1.0 : std::ldexp(1.0, std::ilogb(largest) - 7);
-        for_each([&](double& x) { x = RoundE4m3(x / unit) * unit; });
-      }
-    }
+  const double octaves = double{in.scale} * 1.4426950408889634 * 8.0 / 127.0;
+  const int least = static_cast<int>(std::ceil(-9.0 - std::log2(octaves)));
+  for (size_t i = 0; i < q.size(); i += kDim) {
+    double largest = 0.0;
+    for (size_t d = 0; d < kDim; ++d) largest = std::max(largest, std::fabs(q[i + d]));
+    const int exponent = largest == 0.0 ? least : std::max(least, std::ilogb(largest) + 1);
+    const double unit = std::ldexp(1.0, exponent);
+    for (size_t d = 0; d < kDim; ++d) q[i + d] = RoundE4m3(q[i + d] / unit) * unit;
   }
   return q;
 }
@@ -128,10 +131,18 @@ Expected Attention(const Fp8Case& c, const Inputs& in, int prefix, const std::ve
   Expected e;
   e.out.resize(Size(in.tokens - prefix) * Size(heads * kDim));
   if (sums) {
-    for (auto* x : {&e.absolute, &e.square, &e.underflow}) x->resize(e.out.size());
+    for (auto* x : {&e.absolute, &e.square, &e.underflow, &e.lost, &e.concentration, &e.scale}) {
+      x->resize(e.out.size());
+    }
   }
   std::vector<double> scales(Size(in.tokens * c.kv_heads)), w(Size(in.tokens));
-  for (size_t i = 0; i < scales.size(); ++i) scales[i] = ValueScale(&in.rows[i * kTokenBytes]);
+  for (int t = 0; t < in.tokens; ++t) {
+    for (int g = 0; g < c.kv_heads; ++g) {
+      const size_t i = Size(t * c.kv_heads + g);
+      const float scale = ValueScale(in, i), largest = LargestValueScale(c, in, prefix, t, g);
+      scales[i] = std::ldexp(double{scale}, internal::PrefillFp8Octaves(scale, largest));
+    }
+  }
   for (int t = prefix; t < in.tokens; ++t) {
     for (int h = 0; h < heads; ++h) {
       const int g = h / c.group;
@@ -158,12 +169,15 @@ Expected Attention(const Fp8Case& c, const Inputs& in, int prefix, const std::ve
         const float* v = &in.stored_v[vector_of(j) * kDim];
         for (size_t d = 0; d < kDim; ++d) e.out[at + d] += w[Size(j)] * double{v[d]};
         if (!sums) continue;
-        const double lost = std::min(w[Size(j)], 0x1p-17 * top / scales[vector_of(j)]);
+        const double lost = std::min(w[Size(j)], 1.2 * 0x1p-13 * top / scales[vector_of(j)]);
         for (size_t d = 0; d < kDim; ++d) {
           const double term = w[Size(j)] * std::fabs(v[d]);
           e.absolute[at + d] += term;
           e.square[at + d] += term * term;
           e.underflow[at + d] += lost * std::fabs(v[d]);
+          e.lost[at + d] += lost;
+          e.scale[at + d] += w[Size(j)] * scales[vector_of(j)];
+          e.concentration[at + d] += w[Size(j)] * w[Size(j)];
         }
       }
     }

@@ -48,16 +48,22 @@ struct Inputs {
 Inputs MakeInputs(const Fp8Case& c, int tokens, Data data, uint32_t seed);
 // Whether the token's key is seen when it is older than the window.
 bool Kept(const Fp8Case& c, const Inputs& in, int token, int head);
-// The queries of the chunk as the kernel rounds them: 16 rows of (position, head of the
-// group) of a tile share the power of two that brings the largest into [128, 256).
-// All of in.q, the prefix's as they are.
-std::vector<double> RoundedQueries(const Fp8Case& c, const Inputs& in, int prefix);
+// Of V, among the tokens that are laid out together with this one: 64 of the band, or of what
+// is older than it (which the test lays out). A token's scale there is ValueScale() of its
+// row times 2^PrefillFp8Octaves().
+float LargestValueScale(const Fp8Case& c, const Inputs& in, int prefix, int token, int head);
+// The queries as the kernel rounds them: a power of two brings a row's largest into [1/2, 1),
+// but none less than 2^-9 in the units of its exponents.
+std::vector<double> RoundedQueries(const Inputs& in);
 
 struct Expected {
   std::vector<double> out;  // [chunk, heads, kDim], as all
-  // Empty unless asked for: sums of weight * |value|, of (weight * value)^2, and of what
-  // weights below e4m3's normal range may be off by: 2^-10 where the largest is 2^7.
-  std::vector<double> absolute, square, underflow;
+  // Empty unless asked for: sums of weight * |value|, of (weight * value)^2, of |value| times
+  // what weights below e4m3's normal range may be off by, of that alone, of weight^2. A row's
+  // largest times V's scale is 2^6 at least, and there 2^-7 is taken for nothing, and what
+  // is above for less by less; 2^-10 is lost by rounding.
+  std::vector<double> absolute, square, underflow, lost, concentration;
+  std::vector<double> scale;  // sums of weight * V's scale as laid out
 };
 
 // Attention of the tokens from `prefix` on, over the stored values, with these queries.

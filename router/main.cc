@@ -59,6 +59,7 @@ int Main(int argc, char** argv) {
   }
   LogLine(LogLevel::kInfo, "config", flags.Effective());
 
+  if (absl::Status status = CheckListen(config.server); !status.ok()) return Fail(status);
   absl::StatusOr<std::unique_ptr<ServedModel>> model =
       ServedModel::Load(config::ResolveModelDir(config.model), config.max_model_len);
   if (!model.ok()) return Fail(model.status());

@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/log.h"
+#include "common/base/status_macros.h"
 #include "common/rpc/callback_queue.h"
 #include "common/rpc/channel_pool.h"
 
@@ -83,16 +84,23 @@ void BlockShutdownSignals() {
   ::signal(SIGPIPE, SIG_IGN);
 }
 
+absl::Status CheckListen(const std::string& flag, const std::string& listen) {
+  const auto target = config::ParseHostPort(listen);
+  if (target.ok()) return TryBind(listen, *target);
+  return absl::InvalidArgumentError(
+      absl::StrCat(flag, "=\"", listen, "\" ", target.status().message()));
+}
+
+absl::Status CheckListen(const config::ServerConfig& config) {
+  WINNOW_RETURN_IF_ERROR(CheckListen("--listen", config.listen));
+  return config.metrics.empty() ? absl::OkStatus() : CheckListen("--metrics-port", config.metrics);
+}
+
 absl::StatusOr<std::unique_ptr<ServerRunner>> ServerRunner::Start(
     const config::ServerConfig& config, const std::vector<ServedService>& services) {
   KeepCallbackQueue();
-  auto target = config::ParseHostPort(config.listen);
-  if (!target.ok()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--listen=\"", config.listen, "\" ", target.status().message()));
-  }
   // Before gRPC tries, which would also write to standard error.
-  if (absl::Status status = TryBind(config.listen, *target); !status.ok()) return status;
+  WINNOW_RETURN_IF_ERROR(CheckListen("--listen", config.listen));
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;

@@ -18,6 +18,14 @@ namespace winnow {
 // earlier would take them. SIGPIPE is ignored.
 void BlockShutdownSignals();
 
+// OK if `listen` can be bound now: for main() to ask before it loads a model. `flag` is what set
+// it.
+//   INVALID_ARGUMENT  it is no HOST:PORT; the message names the flag.
+//   UNAVAILABLE       it cannot be bound; the message names address and cause.
+absl::Status CheckListen(const std::string& flag, const std::string& listen);
+// The same for all that `config` names.
+absl::Status CheckListen(const config::ServerConfig& config);
+
 struct ServedService {
   std::string name;                  // as grpc.health.v1 knows it: v1::Decode::service_full_name()
   grpc::Service* service = nullptr;  // not owned; must outlive the runner

@@ -65,6 +65,8 @@ class LoadGauges {
 }  // namespace
 
 absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config) {
+  // Loading takes seconds and memory: an address in use is said before it.
+  WINNOW_RETURN_IF_ERROR(CheckListen(config.server));
   const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   WINNOW_ASSIGN_OR_RETURN(
       std::unique_ptr<Runtime> runtime,

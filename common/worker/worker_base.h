@@ -27,7 +27,7 @@ struct WorkerBase {
 };
 
 // Loads the model and allocates KV memory and staging; logs the budget.
-//   Errors as Runtime::Create(), StagingRing::Create().
+//   Errors as CheckListen(), before anything is loaded, Runtime::Create(), StagingRing::Create().
 absl::StatusOr<WorkerBase> MakeWorkerBase(const config::WorkerConfig& config);
 // The same over a runtime that is there.
 struct StagingOptions {

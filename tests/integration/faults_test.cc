@@ -176,5 +176,23 @@ TEST_F(FaultsTest, TerminateDrainsAndExitsZero) {
   EXPECT_EQ(cluster_->decode().WaitExit(), 0);
 }
 
+// No model is there to load: only what is said before the loading can be said.
+TEST_F(FaultsTest, PortInUseIsNamedBeforeTheModelIsLoaded) {
+  const std::string& taken = cluster_->address();
+  for (const char* program : {"winnow-prefill-worker", "winnow-decode-worker", "winnow-router"}) {
+    for (const bool metrics : {false, true}) {
+      std::vector<std::string> args = {"--model=/no/such/model",
+                                       "--listen=" + (metrics ? "127.0.0.1:0" : taken)};
+      if (metrics) args.push_back("--metrics-port=" + taken);
+      if (std::string_view(program) == "winnow-router") args.push_back("--decode-workers=" + taken);
+      Process process(program, args);
+      EXPECT_EQ(process.WaitExit(), 1) << program;
+      EXPECT_NE(process.Errors().find("cannot listen on " + taken + ": Address already in use"),
+                std::string::npos)
+          << program << " wrote " << process.Errors();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace winnow::testing

@@ -114,6 +114,22 @@ TEST(ServerRunner, PortInUseIsNamed) {
             absl::StrCat("cannot listen on ", first->address(), ": Address already in use"));
 }
 
+TEST(CheckListen, SaysWhatStartWouldSay) {
+  SlowWorker worker;
+  const auto server =
+      ServerRunner::Start({.listen = "127.0.0.1:0"}, {{v1::Worker::service_full_name(), &worker}})
+          .value();
+  const absl::Status in_use = absl::UnavailableError(
+      absl::StrCat("cannot listen on ", server->address(), ": Address already in use"));
+  EXPECT_EQ(CheckListen({.listen = server->address()}), in_use);
+  EXPECT_EQ(CheckListen({.listen = "127.0.0.1:0", .metrics = server->address()}), in_use);
+  EXPECT_TRUE(CheckListen({.listen = "127.0.0.1:0", .metrics = "127.0.0.1:0"}).ok());
+  EXPECT_TRUE(CheckListen({.listen = "127.0.0.1:0", .metrics = ""}).ok());
+  const absl::Status malformed = CheckListen({.listen = "127.0.0.1:0", .metrics = "nowhere"});
+  EXPECT_EQ(malformed.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(malformed.message()), HasSubstr("--metrics-port=\"nowhere\""));
+}
+
 TEST(ServerRunner, UnknownHostIsNamed) {
   const auto server = ServerRunner::Start({.listen = "no-such-host.invalid:1"}, {});
   EXPECT_EQ(server.status().code(), absl::StatusCode::kUnavailable);

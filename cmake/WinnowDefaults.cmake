@@ -23,6 +23,11 @@ target_compile_options(winnow_compile_options INTERFACE
 if(WINNOW_WERROR)
   target_compile_options(winnow_compile_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
+if(CMAKE_UNITY_BUILD)
+  # A unity build includes sources, and this warns of whatever an included file defines.
+  target_compile_options(winnow_compile_options INTERFACE
+    $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:GNU>>:-Wno-subobject-linkage>)
+endif()
 if(WINNOW_SANITIZE)
   target_compile_options(winnow_compile_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${WINNOW_SANITIZE} -fno-omit-frame-pointer>)

@@ -24,6 +24,14 @@ function(winnow_library)
   endif()
 endfunction()
 
+# winnow_optimize(TARGET...): -O1 in a Debug build, for code that tests spend minutes in at -O0.
+function(winnow_optimize)
+  foreach(target IN LISTS ARGN)
+    target_compile_options(${target} PRIVATE
+      $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CONFIG:Debug>>:-O1>)
+  endforeach()
+endfunction()
+
 # winnow_binary(NAME x SRCS ... DEPS ...): an executable at build/<preset>/bin/x.
 function(winnow_binary)
   cmake_parse_arguments(A "" "NAME" "SRCS;DEPS" ${ARGN})
@@ -42,7 +50,13 @@ function(winnow_test)
   if(NOT A_LABELS)
     set(A_LABELS cpu)
   endif()
+  foreach(label IN LISTS A_LABELS)
+    if(label IN_LIST WINNOW_OMIT_LABELS)
+      return()
+    endif()
+  endforeach()
   add_executable(${A_NAME} ${A_SRCS})
+  target_compile_options(${A_NAME} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${WINNOW_TEST_OPTIONS}>)
   target_include_directories(${A_NAME} PRIVATE "${PROJECT_SOURCE_DIR}")
   target_link_libraries(${A_NAME} PRIVATE winnow_compile_options ${A_DEPS} GTest::gmock GTest::gtest_main)
   gtest_discover_tests(${A_NAME} WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"

@@ -9,7 +9,7 @@
 namespace winnow::cli {
 namespace {
 
-std::string Dump(const nlohmann::json& json) {
+std::string ToText(const nlohmann::json& json) {
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
@@ -18,7 +18,7 @@ std::string Dump(const nlohmann::json& json) {
 absl::StatusOr<ResumeFile> ResumeFile::Open(const std::string& path, const nlohmann::json& key) {
   ResumeFile file(path);
   // As it reads back: a path need not be UTF-8.
-  file.key_ = nlohmann::json::parse(Dump(key));
+  file.key_ = nlohmann::json::parse(ToText(key));
   std::ifstream in;
   if (!path.empty()) in.open(path);
   if (!in.is_open()) return file;
@@ -46,7 +46,7 @@ std::vector<Score> ResumeFile::Scores(int context, size_t num_lanes) const {
 absl::Status ResumeFile::Save(int context, const std::vector<Score>& scores) {
   if (path_.empty()) return absl::OkStatus();
   contexts_[absl::StrCat(context)] = scores;
-  return WriteFile(path_, Dump({{"key", key_}, {"contexts", contexts_}}));
+  return WriteFile(path_, ToText({{"key", key_}, {"contexts", contexts_}}));
 }
 
 }  // namespace winnow::cli

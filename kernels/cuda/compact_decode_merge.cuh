@@ -59,13 +59,17 @@ __device__ __forceinline__ int ArriveGlobal(int32_t* counter) {
 struct Fold {
   float max = -INFINITY, sum = 0.0f;
   float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-  __device__ __forceinline__ void Add(float piece_max, float piece_sum, const float4& y) {
+  // Nothing changes unless `valid`: a condition around it would part the loads that it needs.
+  __device__ __forceinline__ void Add(float piece_max, float piece_sum, const float4& y,
+                                      bool valid = true) {
     const float new_max = fmaxf(max, piece_max);
     const float a = Exp2(max - new_max), b = Exp2(piece_max - new_max);
-    max = new_max;
-    sum = __fmaf_rn(b, piece_sum, __fmul_rn(sum, a));
-    x = make_float4(__fmaf_rn(b, y.x, __fmul_rn(x.x, a)), __fmaf_rn(b, y.y, __fmul_rn(x.y, a)),
-                    __fmaf_rn(b, y.z, __fmul_rn(x.z, a)), __fmaf_rn(b, y.w, __fmul_rn(x.w, a)));
+    const auto add = [&](float own, float other) {
+      return valid ? __fmaf_rn(b, other, __fmul_rn(own, a)) : own;
+    };
+    sum = add(sum, piece_sum);
+    x = make_float4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
+    max = valid ? new_max : max;
   }
 };
 
@@ -116,9 +120,10 @@ struct MergeTasks {
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= num_pieces) break;
 #pragma unroll
-        for (int k = 0; k < kTasks; ++k) fold[k].Add(norm[i][k].x, norm[i][k].y, y[i][k]);
+        for (int k = 0; k < kTasks; ++k) {
+          fold[k].Add(norm[i][k].x, norm[i][k].y, y[i][k], first + i < num_pieces);
+        }
       }
     }
     Store(args, row, fold, tid);
@@ -154,18 +159,20 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
         float max = shared.max[0][head];
 #pragma unroll
         for (int w = 1; w < kDecodeWarps; ++w) {
-          if (w < pages) max = fmaxf(max, shared.max[w][head]);
+          const float other = shared.max[w][head];
+          max = w < pages ? fmaxf(max, other) : max;
         }
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kDecodeWarps; ++w) {
-          if (w >= pages) break;  // took no page
           const float4 y = *reinterpret_cast<const float4*>(&shared.out[w][head][channel]);
           const float weight = Exp2(shared.max[w][head] - max);
-          x = make_float4(__fmaf_rn(weight, y.x, x.x), __fmaf_rn(weight, y.y, x.y),
-                          __fmaf_rn(weight, y.z, x.z), __fmaf_rn(weight, y.w, x.w));
-          sum = __fmaf_rn(weight, shared.sum[w][head], sum);
+          const auto add = [&](float own, float other) {
+            return w < pages ? __fmaf_rn(weight, other, own) : own;  // else it took no page
+          };
+          x = make_float4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
+          sum = add(sum, shared.sum[w][head]);
         }
         fold[k].Add(max, sum, x);
       }

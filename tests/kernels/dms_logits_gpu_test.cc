@@ -10,8 +10,8 @@
 namespace winnow::kernels {
 namespace {
 
-// Rows, hidden, heads, bias.
-using Shape = std::tuple<int, int, int, bool>;
+// Rows, hidden, heads, bias, elements between rows.
+using Shape = std::tuple<int, int, int, bool, int>;
 
 class DmsLogitsGpu : public testing::TestWithParam<Shape> {
  protected:
@@ -19,8 +19,8 @@ class DmsLogitsGpu : public testing::TestWithParam<Shape> {
 };
 
 TEST_P(DmsLogitsGpu, HasTheCpusBits) {
-  const auto [m, hidden, heads, has_bias] = GetParam();
-  const int stride = hidden + 3;
+  const auto [m, hidden, heads, has_bias, pad] = GetParam();
+  const int stride = hidden + pad;
   const auto size = [](int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); };
   std::mt19937 rng(static_cast<uint32_t>(m + hidden));
   std::normal_distribution<float> normal;
@@ -84,10 +84,14 @@ TEST(DmsLogitsParams, RefusesWhatItCannotDo) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, DmsLogitsGpu,
-                         testing::Values(Shape{1, 1, 1, false}, Shape{1, 4096, 8, true},
-                                         Shape{3, 15, 2, true}, Shape{64, 2048, 8, false},
-                                         Shape{512, 16, 8, true}, Shape{513, 17, 8, true},
-                                         Shape{700, 577, 5, true}, Shape{1000, 1024, 11, false}));
+                         testing::Values(Shape{1, 1, 1, false, 3}, Shape{1, 4096, 8, true, 3},
+                                         Shape{3, 15, 2, true, 0}, Shape{2, 8199, 3, true, 1},
+                                         Shape{64, 2048, 8, false, 8}, Shape{512, 16, 8, true, 3},
+                                         Shape{513, 17, 8, true, 3}, Shape{513, 8, 8, true, 0},
+                                         Shape{530, 136, 3, false, 8}, Shape{577, 4104, 8, true, 0},
+                                         Shape{700, 577, 5, true, 0},
+                                         Shape{1000, 1024, 11, false, 3},
+                                         Shape{1000, 1024, 11, false, 8}));
 
 }  // namespace
 }  // namespace winnow::kernels

@@ -100,13 +100,20 @@ TEST_P(Primitives, BoolGatherLeftPadEqualsTheCpuAndScatterBringsItBack) {
     EXPECT_EQ(whole(idx.Get(), positions), whole(want_idx, positions));
     EXPECT_EQ(whole(counts.Get(), static_cast<size_t>(c.batch)),
               whole(want_counts, static_cast<size_t>(c.batch)));
-    if (c.num_heads != 1) continue;
+    // Back, each head as a sequence of its own.
+    const size_t seq = static_cast<size_t>(c.seq), heads = static_cast<size_t>(c.num_heads);
+    Ints idx_of_head(positions * heads + 1), count_of_head(want_counts.size() * heads);
+    for (size_t i = 0; i < positions * heads; ++i) {
+      idx_of_head[i] = want_idx[i / seq / heads * seq + i % seq];
+    }
+    for (size_t i = 0; i < count_of_head.size(); ++i) count_of_head[i] = want_counts[i / heads];
+    const DeviceArray<int32_t> d_idx(idx_of_head), d_counts(count_of_head);
     const DeviceArray<uint8_t> back(in.size());
     ASSERT_TRUE(LaunchScatterByIndex({.in = out.get(),
-                                      .idx = idx.get(),
-                                      .lens = counts.get(),
+                                      .idx = d_idx.get(),
+                                      .lens = d_counts.get(),
                                       .out = back.get(),
-                                      .batch = c.batch,
+                                      .batch = c.batch * c.num_heads,
                                       .in_seq = c.seq,
                                       .out_seq = c.seq,
                                       .max_len = c.seq,
@@ -115,7 +122,8 @@ TEST_P(Primitives, BoolGatherLeftPadEqualsTheCpuAndScatterBringsItBack) {
                     .ok());
     Bytes kept = in;
     for (size_t i = 0; i < Size(c); ++i) {
-      if (mask[i / c.row_bytes] == 0) kept[i] = 0;
+      const size_t position = i / c.row_bytes;
+      if (mask[position / seq / heads * seq + position % seq] == 0) kept[i] = 0;
     }
     EXPECT_EQ(whole(back.Get(), Size(c)), whole(kept, Size(c)));
   }
@@ -151,13 +159,12 @@ TEST_P(Primitives, CompactByBoolEqualsTheCpu) {
 // Into other lengths than it came from, indices in any order.
 TEST_P(Primitives, ScatterByIndexEqualsTheCpu) {
   const Shape& c = GetParam();
-  if (c.num_heads != 1) return;
-  const int out_seq = c.seq + 300, max_len = c.seq + 7;
+  const int batch = c.batch * c.num_heads, out_seq = c.seq + 300, max_len = c.seq + 7;
   std::mt19937 rng(5);
-  Ints idx(static_cast<size_t>(c.batch) * static_cast<size_t>(max_len) + 1, -1000);
-  Ints lens(static_cast<size_t>(c.batch) + 1);
+  Ints idx(static_cast<size_t>(batch) * static_cast<size_t>(max_len) + 1, -1000);
+  Ints lens(static_cast<size_t>(batch) + 1);
   Ints order(static_cast<size_t>(out_seq));
-  for (int b = 0; b < c.batch; ++b) {
+  for (int b = 0; b < batch; ++b) {
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
     for (size_t i = 0; i < static_cast<size_t>(c.seq); ++i) {  // the first c.seq of a shuffle
       std::swap(order[i], order[i + rng() % (order.size() - i)]);
@@ -168,13 +175,13 @@ TEST_P(Primitives, ScatterByIndexEqualsTheCpu) {
                                             : static_cast<int32_t>(rng() % (c.seq + 1u));
   }
   const Bytes in = Random(Size(c), 6);
-  const size_t size = static_cast<size_t>(c.batch) * static_cast<size_t>(out_seq) * c.row_bytes;
+  const size_t size = static_cast<size_t>(batch) * static_cast<size_t>(out_seq) * c.row_bytes;
   Bytes want(size + 1);
   ScatterByIndexParams p = {.in = in.data(),
                             .idx = idx.data(),
                             .lens = lens.data(),
                             .out = want.data(),
-                            .batch = c.batch,
+                            .batch = batch,
                             .in_seq = c.seq,
                             .out_seq = out_seq,
                             .max_len = max_len,

@@ -1,7 +1,7 @@
 // The token path, the padded prefill's primitives and packing: JSON lines of microseconds with
 // the bytes that must move and their share of this run's own device-to-device copy. Random data;
-// medians of runs that find the L2 cache flushed, but rows named b64 are the mean of 20 launches
-// in a graph, L2 warm, as in a decode step.
+// medians of runs that find the L2 cache flushed, but rows named /b64 of the element-wise ops are
+// the mean of 20 launches in a graph, whose inputs the L2 cache has after the first.
 //   token_path_bench [part of the case names] [runs]
 #include <cuda_runtime.h>
 
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "bench/kernels/cuda_check.h"
+#include "bench/kernels/bench_memory.cuh"
 #include "kernels/cuda/crc32c.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/kv_pack.h"
@@ -25,8 +25,6 @@
 namespace winnow::kernels {
 namespace {
 
-constexpr size_t kFlushBytes = size_t{256} << 20;
-
 __global__ void FillBits(uint32_t* out, int64_t n, uint32_t mask, uint32_t bits) {
   for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < n; i += gridDim.x * int64_t{256}) {
     uint64_t x = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull;
@@ -35,92 +33,48 @@ __global__ void FillBits(uint32_t* out, int64_t n, uint32_t mask, uint32_t bits)
   }
 }
 
-// Device memory until the end; random words, made floats of 1 to 2 and their negatives by the
-// defaults.
+// Random words, made floats of 1 to 2 and their negatives by the defaults.
 template <typename T>
-T* Random(size_t n, uint32_t mask = 0x807fffff, uint32_t bits = 0x3f800000) {
-  void* p = nullptr;
+T* Random(BenchMemory& memory, size_t n, uint32_t mask = 0x807fffff, uint32_t bits = 0x3f800000) {
   const size_t words = (n * sizeof(T) + 3) / 4;
-  Check(cudaMalloc(&p, words * 4));
-  FillBits<<<1024, 256>>>(static_cast<uint32_t*>(p), static_cast<int64_t>(words), mask, bits);
+  uint32_t* p = memory.Allocate<uint32_t>(words);
+  FillBits<<<1024, 256>>>(p, static_cast<int64_t>(words), mask, bits);
   Check(cudaGetLastError());
-  return static_cast<T*>(p);
-}
-
-template <typename T>
-T* Upload(const std::vector<T>& values) {
-  void* p = nullptr;
-  Check(cudaMalloc(&p, values.size() * sizeof(T)));
-  Check(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return static_cast<T*>(p);
+  return reinterpret_cast<T*>(p);
 }
 
 class Bench {
  public:
-  Bench(std::string filter, int runs) : filter_(std::move(filter)), runs_(runs) {
-    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    Check(cudaEventCreate(&begin_));
-    Check(cudaEventCreate(&end_));
-    flush_ = Random<uint8_t>(kFlushBytes);
-    uint8_t* from = Random<uint8_t>(kFlushBytes);
-    uint8_t* to = Random<uint8_t>(kFlushBytes);
-    const double us = FlushedUs(
-        [&] { Check(cudaMemcpyAsync(to, from, kFlushBytes, cudaMemcpyDeviceToDevice, stream_)); });
-    copy_gbps_ = 2.0 * kFlushBytes / us / 1e3;
-    Check(cudaFree(from));
-    Check(cudaFree(to));
+  Bench(std::string filter, int runs)
+      : filter_(std::move(filter)), stream_(NewStream()), timer_(runs, stream_) {
+    constexpr double kBytes = size_t{512} << 20;
+    const double us = timer_.CopyUs(kBytes);
+    copy_gbps_ = kBytes / us / 1e3;
     std::printf("{\"case\": \"token/copy\", \"ours_us\": %.2f, \"gbps\": %.1f}\n", us, copy_gbps_);
   }
 
   cudaStream_t stream() const { return stream_; }
-  bool Wanted(const std::string& name) const { return name.find(filter_) != std::string::npos; }
 
   // `bytes` are those that must be read and written.
   void Flushed(const std::string& name, double bytes, const std::function<void()>& launch) {
-    if (Wanted(name)) Print(name, bytes, FlushedUs(launch));
+    if (Wanted(name)) Print(name, bytes, timer_.Median(launch));
   }
   void InGraph(const std::string& name, double bytes, const std::function<void()>& launch) {
     if (!Wanted(name)) return;
     constexpr int kLaunches = 20;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kLaunches; ++i) launch();
-    Check(cudaStreamEndCapture(stream_, &graph));
-    Check(cudaGraphInstantiate(&exec, graph, 0));
-    std::vector<float> times;
-    for (int i = -2; i < runs_; ++i) {
-      const float us = TimedUs([&] { Check(cudaGraphLaunch(exec, stream_)); });
-      if (i >= 0) times.push_back(us / kLaunches);
-    }
-    Print(name, bytes, Median(times));
-    Check(cudaGraphExecDestroy(exec));
-    Check(cudaGraphDestroy(graph));
+    const double us = timer_.GraphMedian([&] {
+      for (int i = 0; i < kLaunches; ++i) launch();
+    });
+    Print(name, bytes, us / kLaunches);
   }
 
  private:
-  static float Median(std::vector<float> v) {
-    std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
+  static cudaStream_t NewStream() {
+    cudaStream_t stream;
+    Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    return stream;
   }
-  float TimedUs(const std::function<void()>& work) {
-    Check(cudaEventRecord(begin_, stream_));
-    work();
-    Check(cudaEventRecord(end_, stream_));
-    Check(cudaEventSynchronize(end_));
-    float ms = 0;
-    Check(cudaEventElapsedTime(&ms, begin_, end_));
-    return 1000.0f * ms;
-  }
-  float FlushedUs(const std::function<void()>& launch) {
-    std::vector<float> times;
-    for (int i = -2; i < runs_; ++i) {
-      Check(cudaMemsetAsync(flush_, i & 255, kFlushBytes, stream_));
-      const float us = TimedUs(launch);
-      if (i >= 0) times.push_back(us);
-    }
-    return Median(times);
-  }
+  bool Wanted(const std::string& name) const { return name.find(filter_) != std::string::npos; }
   void Print(const std::string& name, double bytes, double us) {
     std::printf(
         "{\"case\": \"token/%s\", \"ours_us\": %.2f, \"bytes\": %.0f, \"pct_of_copy\": %.1f}\n",
@@ -129,27 +83,26 @@ class Bench {
   }
 
   const std::string filter_;
-  const int runs_;
-  cudaStream_t stream_;
-  cudaEvent_t begin_, end_;
-  uint8_t* flush_;
+  const cudaStream_t stream_;
+  BenchTimer timer_;
   double copy_gbps_ = 0;
 };
 
 // 8192 rows of a prefill and 64 of a decode step, Qwen3-8B's widths.
 void RunElementwise(Bench& bench) {
+  BenchMemory memory;
   constexpr int kVocab = 151936, kHidden = 4096, kInner = 12288, kTokens = 8192, kSeqs = 64;
   const double tokens = kTokens, seqs = kSeqs;
-  float* x = Random<float>(size_t{kTokens} * kHidden);
-  float* weight = Random<float>(kHidden);
-  Bf16* add = Random<Bf16>(size_t{kTokens} * kHidden, 0x807f807f, 0x3f803f80);
-  Bf16* out = Random<Bf16>(size_t{kTokens} * kInner);
-  Bf16* gate_up = Random<Bf16>(size_t{kTokens} * 2 * kInner, 0x807f807f, 0x3f803f80);
-  Bf16* table = Random<Bf16>(size_t{kVocab} * kHidden, 0x807f807f, 0x3f803f80);
+  float* x = Random<float>(memory, size_t{kTokens} * kHidden);
+  float* weight = Random<float>(memory, kHidden);
+  Bf16* add = Random<Bf16>(memory, size_t{kTokens} * kHidden, 0x807f807f, 0x3f803f80);
+  Bf16* out = Random<Bf16>(memory, size_t{kTokens} * kInner);
+  Bf16* gate_up = Random<Bf16>(memory, size_t{kTokens} * 2 * kInner, 0x807f807f, 0x3f803f80);
+  Bf16* table = Random<Bf16>(memory, size_t{kVocab} * kHidden, 0x807f807f, 0x3f803f80);
   std::vector<int32_t> ids(kTokens);
   std::mt19937 rng(1);
   for (int32_t& id : ids) id = static_cast<int32_t>(rng() % kVocab);
-  const int32_t* d_ids = Upload(ids);
+  const int32_t* d_ids = memory.Upload(ids);
   Check(cudaDeviceSynchronize());
   const auto embed = [&](int m) {
     Check(LaunchEmbedding({table, d_ids, x, m, kVocab, kHidden}, bench.stream()));
@@ -177,22 +130,18 @@ void RunElementwise(Bench& bench) {
   bench.InGraph("embedding/b64", seqs * kHidden * 6, [&] { embed(kSeqs); });
   bench.InGraph("rms_norm_add/b64", seqs * kHidden * 12, [&] { norm(kSeqs); });
   bench.InGraph("swiglu/b64", seqs * kInner * 6, [&] { swiglu(kSeqs); });
-  for (void* p :
-       {static_cast<void*>(x), static_cast<void*>(weight), static_cast<void*>(add),
-        static_cast<void*>(out), static_cast<void*>(gate_up), static_cast<void*>(table)}) {
-    Check(cudaFree(p));
-  }
 }
 
 // Four padded sequences of 8192 positions, 8 heads of 128 BF16 channels (256 bytes); a half of the
 // positions set. And flags of four bytes.
 void RunPrimitives(Bench& bench) {
+  BenchMemory memory;
   constexpr int kBatch = 4, kHeads = 8, kSeq = 8192, kRows = kBatch * kHeads;
   for (const size_t row_bytes : {size_t{256}, size_t{4}}) {
     const std::string tail = row_bytes == 4 ? "/flags" : "/d128";
     const size_t size = size_t{kRows} * kSeq * row_bytes;
-    uint8_t* in = Random<uint8_t>(size);
-    uint8_t* out = Random<uint8_t>(size);
+    uint8_t* in = Random<uint8_t>(memory, size);
+    uint8_t* out = Random<uint8_t>(memory, size);
     std::vector<uint8_t> mask(size_t{kRows} * kSeq);
     std::vector<int32_t> lens(kRows), ids(mask.size());
     std::mt19937 rng(2);
@@ -205,11 +154,11 @@ void RunPrimitives(Bench& bench) {
       set += 1;
       if (row < kBatch) set_of_first += 1;
     }
-    const uint8_t* d_mask = Upload(mask);
-    const int32_t* d_lens = Upload(lens);
-    const int32_t* d_ids = Upload(ids);
-    int32_t* idx = Random<int32_t>(mask.size());
-    int32_t* counts = Random<int32_t>(kRows);
+    const uint8_t* d_mask = memory.Upload(mask);
+    const int32_t* d_lens = memory.Upload(lens);
+    const int32_t* d_ids = memory.Upload(ids);
+    int32_t* idx = Random<int32_t>(memory, mask.size());
+    int32_t* counts = Random<int32_t>(memory, kRows);
     Check(cudaDeviceSynchronize());
     const double row = static_cast<double>(row_bytes), whole = static_cast<double>(size);
     bench.Flushed("left_pad_2d" + tail, whole + set * row, [&] {
@@ -228,8 +177,7 @@ void RunPrimitives(Bench& bench) {
     bench.Flushed("compact_by_bool" + tail, 2 * whole + double{kRows} * kSeq, [&] {
       Check(LaunchCompactByBool({in, d_mask, out, counts, kRows, kSeq, row_bytes}, bench.stream()));
     });
-    Check(cudaFree(in));
-    Check(cudaFree(out));
+    memory.Free();
   }
 }
 
@@ -246,14 +194,15 @@ __global__ void FillNormal(float* out, int64_t n) {
 }
 
 void RunSample(Bench& bench) {
+  BenchMemory memory;
   constexpr int kVocab = 151936, kMostRows = 256;
-  float* logits = Random<float>(size_t{kMostRows} * kVocab);
+  float* logits = Random<float>(memory, size_t{kMostRows} * kVocab);
   FillNormal<<<2048, 256>>>(logits, int64_t{kMostRows} * kVocab);
   Check(cudaGetLastError());
   std::vector<SampleKey> keys(kMostRows);
   for (size_t i = 0; i < keys.size(); ++i) keys[i].seed = i;
-  SampleKey* d_keys = Upload(keys);
-  int32_t* tokens = Random<int32_t>(kMostRows);
+  SampleKey* d_keys = memory.Upload(keys);
+  int32_t* tokens = Random<int32_t>(memory, kMostRows);
   const std::pair<const char*, SamplingParams> modes[] = {
       {"greedy", {}},
       {"temperature", {.temperature = 1.0f}},
@@ -262,7 +211,7 @@ void RunSample(Bench& bench) {
       {"top_k20_p95", {.temperature = 0.6f, .top_k = 20, .top_p = 0.95f}},
   };
   for (const auto& [mode, params] : modes) {
-    const SamplingParams* d_params = Upload(std::vector<SamplingParams>(kMostRows, params));
+    const SamplingParams* d_params = memory.Upload(std::vector<SamplingParams>(kMostRows, params));
     Check(cudaDeviceSynchronize());
     for (const int rows : {1, 64, 256}) {
       bench.Flushed("sample_" + std::string(mode) + "/b" + std::to_string(rows),
@@ -279,12 +228,12 @@ void RunSample(Bench& bench) {
                     });
     }
   }
-  Check(cudaFree(logits));
 }
 
 // A sequence of 8K: 36 layers of 8 heads, window 256, an eighth of the older tokens kept, fp8, 128
 // channels, pages at random places.
 void RunPack(Bench& bench) {
+  BenchMemory memory;
   constexpr int kLayers = 36, kHeads = 8, kDim = 128, kWindow = 256, kSurvivors = 991;
   DeviceSpans spans{.head_dim = kDim,
                     .window = kWindow,
@@ -299,20 +248,21 @@ void RunPack(Bench& bench) {
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
   std::shuffle(order.begin(), order.end(), std::mt19937(3));
   const auto cut = order.begin() + static_cast<std::ptrdiff_t>(n * survivors);
-  spans.pages = Random<uint8_t>(order.size() * PageBytes(kDim));
-  spans.state = Upload(std::vector<SpanState>(n, {kSurvivors, kWindow, 100, 8192}));
-  spans.survivor_pages = Upload(std::vector<int32_t>(order.begin(), cut));
-  spans.ring_pages = Upload(std::vector<int32_t>(cut, order.end()));
-  spans.newest = Random<uint8_t>(n * static_cast<size_t>(spans.newest_stride()));
-  spans.ring_evict = Random<uint8_t>(n * static_cast<size_t>(spans.evict_stride()), 0x01010101, 0);
+  spans.pages = Random<uint8_t>(memory, order.size() * PageBytes(kDim));
+  spans.state = memory.Upload(std::vector<SpanState>(n, {kSurvivors, kWindow, 100, 8192}));
+  spans.survivor_pages = memory.Upload(std::vector<int32_t>(order.begin(), cut));
+  spans.ring_pages = memory.Upload(std::vector<int32_t>(cut, order.end()));
+  spans.newest = Random<uint8_t>(memory, n * static_cast<size_t>(spans.newest_stride()));
+  spans.ring_evict =
+      Random<uint8_t>(memory, n * static_cast<size_t>(spans.evict_stride()), 0x01010101, 0);
   const double item = kHeads * (12.0 + (kSurvivors + kWindow + 1) * 260.0 + kWindow);
   const int64_t staging_bytes =
       kLayers * (static_cast<int64_t>(item) + 15) / 16 * 16 + 16 * kLayers;
-  uint8_t* staging = Random<uint8_t>(static_cast<size_t>(staging_bytes));
-  const int32_t* slot = Upload(std::vector<int32_t>{0});
-  const int32_t* num_tokens = Upload(std::vector<int32_t>{8192});
-  ByteRange* ranges = Upload(std::vector<ByteRange>(kLayers));
-  uint32_t* crc = Upload(std::vector<uint32_t>(kLayers));
+  uint8_t* staging = Random<uint8_t>(memory, static_cast<size_t>(staging_bytes));
+  const int32_t* slot = memory.Upload(std::vector<int32_t>{0});
+  const int32_t* num_tokens = memory.Upload(std::vector<int32_t>{8192});
+  ByteRange* ranges = memory.Upload(std::vector<ByteRange>(kLayers));
+  uint32_t* crc = memory.Upload(std::vector<uint32_t>(kLayers));
   Check(cudaDeviceSynchronize());
   const auto pack = [&](uint32_t* with_crc) {
     Check(LaunchKvPack({.spans = spans,

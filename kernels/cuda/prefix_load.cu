@@ -18,17 +18,16 @@ using internal::LayerSpans;
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 2048;  // about as many of all spans together
-constexpr int kElements = 16;  // a thread and turn reads as many of a vector
+constexpr int kElements = 8;   // of a vector, a thread and turn: 16 bytes of BF16
 
-// Sixteen stored elements as BF16. `in` is 16-byte aligned.
+// Eight stored elements as BF16. `in` is aligned to their bytes.
 template <KvElement kElement>
 __device__ void LoadElements(const uint8_t* in, float scale, uint32_t (&out)[kElements / 2]) {
   if constexpr (kElement == KvElement::kBf16) {
     *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(in);
-    *reinterpret_cast<uint4*>(out + 4) = *reinterpret_cast<const uint4*>(in + 16);
   } else {
-    const uint4 codes = *reinterpret_cast<const uint4*>(in);
-    const uint32_t words[] = {codes.x, codes.y, codes.z, codes.w};
+    const uint2 codes = *reinterpret_cast<const uint2*>(in);
+    const uint32_t words[] = {codes.x, codes.y};
 #pragma unroll
     for (int i = 0; i < kElements / 2; ++i) {
       const uint32_t pair = words[i / 2] >> (16 * (i % 2));
@@ -105,9 +104,8 @@ __global__ void __launch_bounds__(kThreads)
       LoadElements<kK>(k, k_scale, k_out);
       LoadElements<kV>(k + slots * T::kRowBytes, v_scale, v_out);
       const auto store = [&](Bf16* base, const uint32_t(&x)[kElements / 2]) {
-        auto* out = reinterpret_cast<uint4*>(base + to + part * kElements);
-        out[0] = make_uint4(x[0], x[1], x[2], x[3]);
-        out[1] = make_uint4(x[4], x[5], x[6], x[7]);
+        *reinterpret_cast<uint4*>(base + to + part * kElements) =
+            make_uint4(x[0], x[1], x[2], x[3]);
       };
       store(survivors ? b.compact_k : b.band_k, k_out);
       store(survivors ? b.compact_v : b.band_v, v_out);

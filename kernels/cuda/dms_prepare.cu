@@ -233,8 +233,10 @@ __device__ __forceinline__ void RunPart(const DmsPrepareParams& p, const DmsPref
 // Grid (twice the blocks of kPairs pairs of the longest chunk, batch): even blocks have the
 // queries, a warp a head of the group, odd ones K and V. Shared memory: a tile for each query
 // head of a group, or for K, for V, and the pairs' flat rows.
+// Registers are for six blocks an SM, nine at head_dim 64, whose blocks wait for loads more.
 template <KvElement kK, KvElement kV, int kDim, bool kRotated>
-__global__ void __maxnreg__(80) PrepareKernel(const __grid_constant__ DmsPrepareParams p) {
+__global__ void __maxnreg__(kDim == 64 ? 56 : 80)
+    PrepareKernel(const __grid_constant__ DmsPrepareParams p) {
   using R = Row<kK, kV, kDim>;
   using T = Tile<kDim>;
   extern __shared__ __align__(16) uint8_t shared[];

@@ -11,19 +11,21 @@
 namespace winnow::kernels {
 namespace {
 
-constexpr int kThreads = 256, kBatch = 4;
-constexpr int kSums = 16;  // of the CPU's law of order
+constexpr int kThreads = 256;
+constexpr int kManyRows = 1024;  // from here on blocks share an SM, and overlap
+constexpr int kSums = 16;        // of the CPU's law of order
 
 __device__ __forceinline__ void Prefetch(const float* p) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
-// rms_norm.cc's SumOfSquares() of x [n] in shared memory; the lanes of one warp.
+// rms_norm.cc's SumOfSquares() of x [n] in shared memory; the lanes of one warp. kAhead: the chain
+// of additions is what takes time, so values come early.
+template <int kAhead>
 __device__ float SumOfSquares(const float* x, int n) {
   const int lane = static_cast<int>(threadIdx.x) % kSums;  // both halves do the same
   const int whole = n / kSums * kSums;
   float sum = 0.0f;
-  constexpr int kAhead = 16;  // the chain of additions is what takes time: values come early
   float next[kAhead];
   const auto load = [&](int begin) {
 #pragma unroll
@@ -53,9 +55,12 @@ __device__ float SumOfSquares(const float* x, int n) {
   return __shfl_sync(0xffffffffu, sum, 0);
 }
 
-// Grid: rows, in turns. Shared memory: a row. kWidth elements a thread at a time.
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormCudaParams p) {
+// Grid: rows, in turns. Shared memory: a row. kWidth elements a thread at a time. kMany: with
+// fewer registers, so that more blocks share an SM.
+template <int kWidth, bool kMany>
+__global__ void __launch_bounds__(kThreads, kMany ? 6 : 2)
+    RmsNormKernel(const RmsNormCudaParams p) {
+  constexpr int kBatch = kMany ? 2 : 4;
   ptx::WaitForPredecessors();
   extern __shared__ __align__(16) float x[];  // [n]
   __shared__ float inverse;
@@ -88,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormCudaParam
     for (int i = first; i < p.n; i += kThreads * kWidth) Prefetch(p.weight + i);
     __syncthreads();
     if (threadIdx.x < 32) {
-      const float mean = __fdiv_rn(SumOfSquares(x, p.n), static_cast<float>(p.n));
+      const float mean =
+          __fdiv_rn(SumOfSquares < kMany ? 8 : 16 > (x, p.n), static_cast<float>(p.n));
       if (threadIdx.x == 0) inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.eps)));
     }
     __syncthreads();
@@ -130,7 +136,9 @@ absl::Status LaunchRmsNorm(const RmsNormCudaParams& p, StreamHandle stream) {
   const bool wide = p.n % 4 == 0 && p.ldx % 4 == 0 && Aligned(p.x, 16) && Aligned(p.add_f32, 16) &&
                     Aligned(p.add_bf16, 8) && Aligned(p.residual, 16) && Aligned(p.weight, 16) &&
                     Aligned(p.out_bf16, 8) && Aligned(p.out_f32, 16);
-  const auto kernel = wide ? RmsNormKernel<4> : RmsNormKernel<1>;
+  const bool many = p.m >= kManyRows;
+  const auto kernel = wide ? (many ? RmsNormKernel<4, true> : RmsNormKernel<4, false>)
+                           : (many ? RmsNormKernel<1, true> : RmsNormKernel<1, false>);
   const size_t shared_bytes = static_cast<size_t>(p.n) * sizeof(float);
   if (shared_bytes > 40 << 10) {  // with the static ones, 48 KB is what needs no asking
     WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(

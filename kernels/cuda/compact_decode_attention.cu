@@ -133,6 +133,7 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
       .max_pieces = p.plan.max_pieces,
       .group = p.num_heads / spans.num_kv_heads,
       .ring_slots = 0,  // set by the launch
+      .gather_slots = 0,
       .scale_log2 = p.scale * std::numbers::log2e_v<float>,
       .rotated = KvFormatOf(spans.format).rotated};
   const int most_pages = spans.max_survivor_pages + spans.ring_pages_per_span() + 1;
@@ -140,6 +141,7 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
       int64_t{p.num_seqs} * spans.num_kv_heads * ((most_pages + kPagesPerUnit - 1) / kPagesPerUnit);
   device::DecodeLaunch launch = {
       .map = {},
+      .num_rows = p.num_seqs * spans.num_kv_heads,
       .max_blocks = static_cast<int>(std::min<int64_t>(most_pieces, 1 << 16)),
       .overlap = p.overlap_launch};
   WINNOW_ASSIGN_OR_RETURN(launch.map, PagesMap(spans));

@@ -3,7 +3,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
@@ -104,11 +106,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   if (tid == 0) {
     RingBarrierInit(&shared.results_full, kDecodeWarps);
     RingBarrierInit(&shared.results_empty, kMergeWarps);
+    RingBarrierInit(&shared.gathered, 1);
   }
 #if WINNOW_SM90A
   ptx::FenceBarrierInit();
 #endif
   __syncthreads();
+#if WINNOW_SM90A
+  if (args.gather_slots > 0) ClusterArrive();
+#endif
   if (warp == kDecodeWarps + kMergeWarps) {
     DecodeProducer<kK, kV, kDim, kHeads>(args, &map, memory, shared, lane).Run();
   } else if (warp >= kDecodeWarps) {
@@ -121,13 +127,30 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
 struct DecodeLaunch {
   CUtensorMap map;  // the pages' bytes as rows of 128 bytes
-  int max_blocks;   // more would find no piece
+  int num_rows;
+  int max_blocks;  // more would find no piece
   bool overlap;
 };
+
+// Clusters that the current device runs at once; `known` is that, once it was asked, or null.
+template <typename Kernel>
+absl::StatusOr<int> ClustersAtOnce(Kernel* kernel, const cudaLaunchConfig_t& config,
+                                   std::atomic<int>* known) {
+  int clusters = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
+  if (clusters > 0) return clusters;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)));
+  if (clusters < 1) {
+    return absl::InternalError("compact_decode_attention: no cluster of blocks fits");
+  }
+  if (known != nullptr) known->store(clusters, std::memory_order_relaxed);
+  return clusters;
+}
 
 template <KvElement kK, KvElement kV, int kDim, int kHeads>
 absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cudaStream_t stream) {
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
+  constexpr int kDevices = 16;
+  static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];
   int device = 0, num_sms = 0, sm_bytes = 0, block_bytes = 0;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
   const auto get = [&](int* value, cudaDeviceAttr attribute) {
@@ -136,10 +159,15 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
   WINNOW_RETURN_IF_ERROR(get(&num_sms, cudaDevAttrMultiProcessorCount));
   WINNOW_RETURN_IF_ERROR(get(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   WINNOW_RETURN_IF_ERROR(get(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  auto* kernel = CompactDecodeKernel<kK, kV, kDim, kHeads>;
+  const bool sm90 = CanWaitForPredecessors(reinterpret_cast<const void*>(kernel));
+  const int cluster = sm90 ? DecodeClusterBlocks(launch.num_rows) : 1;
+  args.gather_slots = GatherSlots(kHeads, cluster);
   // The ring takes what is left of half an SM, of which each block costs 1 KB more; of a
   // whole one where that is too little.
-  const auto slots_in = [](int bytes) {
-    const int left = bytes - static_cast<int>(sizeof(Shared));
+  const int other_bytes = static_cast<int>(sizeof(Shared) + GatherBytes<kDim>(args.gather_slots));
+  const auto slots_in = [other_bytes](int bytes) {
+    const int left = bytes - other_bytes;
     return left < 0 ? 0 : left / static_cast<int>(Shared::RingBytes(1));
   };
   int blocks_per_sm = 2;
@@ -153,22 +181,35 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
     return absl::UnimplementedError(
         absl::StrCat("compact_decode_attention: ", block_bytes, " bytes of shared memory a block"));
   }
-  const size_t bytes = Shared::RingBytes(args.ring_slots) + sizeof(Shared);
-  auto* kernel = CompactDecodeKernel<kK, kV, kDim, kHeads>;
+  const size_t bytes = Shared::RingBytes(args.ring_slots) + static_cast<size_t>(other_bytes);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
-  const int grid = std::min(num_sms * blocks_per_sm, launch.max_blocks);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  int grid = std::min(num_sms * blocks_per_sm, launch.max_blocks);
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned num_attributes = 0;
+  if (cluster > 1) {
+    attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
+    attributes[num_attributes++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (launch.overlap && sm90) {
+    attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[num_attributes++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kDecodeThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs =
-      launch.overlap && CanWaitForPredecessors(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
+  if (cluster > 1) {
+    // A block each for the shares, or as many as there are at once for pieces.
+    config.gridDim = dim3(static_cast<unsigned>(cluster));
+    WINNOW_ASSIGN_OR_RETURN(
+        const int clusters,
+        ClustersAtOnce(kernel, config, device < kDevices ? &known[device][cluster] : nullptr));
+    grid = std::max(std::min(grid / cluster, clusters), launch.num_rows) * cluster;
+  }
+  config.gridDim = dim3(static_cast<unsigned>(grid));
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, launch.map, args));
 }
 

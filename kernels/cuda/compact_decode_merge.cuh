@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/compact_decode_cluster.cuh"
 #include "kernels/cuda/compact_decode_shared.cuh"
 
 // The warps that add up a block's results and, where a span is in several blocks, the blocks'.
@@ -73,6 +74,16 @@ struct Fold {
   }
 };
 
+// The result of four channels of a head, if there is that head. Whole warps.
+template <int kDim>
+__device__ __forceinline__ void StoreFold(const CompactDecodeArgs& args, int row, int head,
+                                          int channel, const Fold& fold) {
+  const float norm = 1.0f / fold.sum;
+  float4 x = make_float4(fold.x.x * norm, fold.x.y * norm, fold.x.z * norm, fold.x.w * norm);
+  if (args.rotated) x = HadamardLanes<kDim>(x, static_cast<int>(threadIdx.x) % 32);
+  if (head < args.group) StoreOutput<kDim>(args, row, head, channel, x);
+}
+
 // The part of a merging lane: tasks of four channels of a head, kTasks in all.
 template <int kDim, int kHeads>
 struct MergeTasks {
@@ -87,21 +98,14 @@ struct MergeTasks {
   static __device__ __forceinline__ void Store(const CompactDecodeArgs& args, int row,
                                                const Fold (&fold)[kTasks], int tid) {
 #pragma unroll
-    for (int k = 0; k < kTasks; ++k) {
-      const float norm = 1.0f / fold[k].sum;
-      float4 x = fold[k].x;
-      x = make_float4(x.x * norm, x.y * norm, x.z * norm, x.w * norm);
-      if (args.rotated) x = HadamardLanes<kDim>(x, tid % 32);
-      if (Head(k, tid) < args.group) {
-        StoreOutput<kDim>(args, row, Head(k, tid), Channel(tid), x);
-      }
-    }
+    for (int k = 0; k < kTasks; ++k)
+      StoreFold<kDim>(args, row, Head(k, tid), Channel(tid), fold[k]);
   }
 
   // The sum of a span's partial results.
   static __device__ void MergePieces(const CompactDecodeArgs& args, int row, int partial,
                                      int num_pieces, int tid) {
-    constexpr int kAhead = kTasks <= 2 ? 8 : 4;
+    constexpr int kAhead = 16 / kTasks;
     const int group = args.group;
     Fold fold[kTasks];
     for (int first = 0; first < num_pieces; first += kAhead) {
@@ -148,6 +152,20 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
     __syncwarp();
     if (lane == 0) RingArrive(&shared.piece_empty[at.stage]);
     at.Advance();
+    const int num_pieces = (view.span_pages + view.unit - 1) / view.unit;
+#if WINNOW_SM90A
+    const SpanGather<kDim, kHeads> gather(reinterpret_cast<uint8_t*>(&shared + 1),
+                                          args.gather_slots, &shared.gathered, group, num_pieces);
+    const bool is_share = partial == kShare && view.num_pages < view.span_pages;
+    typename SpanGather<kDim, kHeads>::Target target[Tasks::kTasks];
+    int piece = view.first_page / view.unit;
+    if (is_share) {
+      if (tid == 0) gather.Expect();
+      ClusterWaitAll();  // the others' barriers are initialized
+#pragma unroll
+      for (int k = 0; k < Tasks::kTasks; ++k) target[k] = gather.Aim(Tasks::Head(k, tid), channel);
+    }
+#endif
     Fold fold[Tasks::kTasks];
     for (int first = 0; first < view.num_pages; first += view.unit) {
       const int pages = min(view.unit, view.num_pages - first);
@@ -174,11 +192,29 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
           x = make_float4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
           sum = add(sum, shared.sum[w][head]);
         }
+#if WINNOW_SM90A
+        if (is_share) {
+          if (head < group) gather.Put(target[k], piece, channel == 0, x, max, sum);
+          continue;
+        }
+#endif
         fold[k].Add(max, sum, x);
       }
       __syncwarp();
       if (lane == 0) RingArrive(&shared.results_empty);
+#if WINNOW_SM90A
+      ++piece;
+#endif
     }
+#if WINNOW_SM90A
+    if (is_share) {
+      gather.template Merge<Fold, 32 * kMergeWarps>(
+          tid, [&](int head, int at_channel, const Fold& sum, bool valid) {
+            StoreFold<kDim>(args, row, valid ? head : group, at_channel, sum);
+          });
+      continue;
+    }
+#endif
     if (view.num_pages == view.span_pages) {
       Tasks::Store(args, row, fold, tid);
       continue;
@@ -196,7 +232,6 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
       }
     }
     MergerSync();  // the block's partial result is out
-    const int num_pieces = (view.span_pages + view.unit - 1) / view.unit;
     if (tid == 0) {
       shared.is_last = ArriveGlobal(&args.arrivals[row]) == num_pieces - 1 ? 1 : 0;
       if (shared.is_last != 0) args.arrivals[row] = 0;

@@ -135,14 +135,14 @@ class DecodeProducer {
   __device__ __forceinline__ uint32_t BeginPages(const PieceWords& piece, int ids, uint32_t begun,
                                                  bool settled) {
     const int survivors = PagesOf<S::kSlots>(piece.Get(kNumSurvivors));
-    const int fresh = piece.Get(kFreshRingPage), start = piece.Get(kFirstPage);
     const int pages = min(min(piece.Get(kNumPages), args_.ring_slots), 32);
-    for (int i = 0; i < pages; ++i) {
-      const int id = __shfl_sync(0xffffffffu, ids, i);
-      const bool written = id < 0 || start + i == survivors - 1 || start + i == fresh;
-      if ((begun >> i & 1) != 0 || (settled && written)) continue;
-      Fill(piece, id, i);
-      begun |= 1u << i;
+    const int fresh = piece.Get(kFreshRingPage), page = piece.Get(kFirstPage) + lane_;
+    const bool written = ids < 0 || page == survivors - 1 || page == fresh;
+    uint32_t left = __ballot_sync(0xffffffffu, lane_ < pages && !(settled && written)) & ~begun;
+    begun |= left;
+    for (; left != 0; left &= left - 1) {
+      const int i = __ffs(static_cast<int>(left)) - 1;
+      Fill(piece, __shfl_sync(0xffffffffu, ids, i), i);
     }
     return begun;
   }

@@ -31,7 +31,8 @@ struct CompactDecodeArgs {
   int max_survivor_pages, ring_pages_per_span;
   int max_pieces;
   int group;
-  int ring_slots;    // pages in shared memory; set by the launch
+  int ring_slots;    // pages in shared memory; set by the launch, as is the next
+  int gather_slots;  // results of a cluster's pieces in it; 0: no clusters
   float scale_log2;  // scale * log2(e)
   bool rotated;
 };
@@ -57,7 +58,7 @@ enum PieceField {
 static_assert(sizeof(DecodePiece) == 4 * kPieceWords);
 
 template <KvElement kK, KvElement kV, int kDim, int kHeads>
-struct DecodeShared {
+struct alignas(16) DecodeShared {
   using S = DecodeShape<kK, kV, kDim>;
   static constexpr int kStages = kHeads == 4 ? 4 : 2;  // pieces under way
   static constexpr int kMaxRing = 32;
@@ -73,8 +74,9 @@ struct DecodeShared {
   int is_last;
   uint64_t piece_full[kStages], piece_empty[kStages];
   uint64_t results_full, results_empty;
+  uint64_t gathered;
   uint64_t full[kMaxRing], empty[kMaxRing];
-  // The ring of pages lies before this.
+  // The ring of pages lies before this, what a cluster's blocks store here behind it.
   static constexpr size_t RingBytes(int slots) {
     return static_cast<size_t>(slots) * S::kRingBytes;
   }

@@ -77,6 +77,41 @@ __device__ Cut CutSpan(const DecodePlanParams& p, int layer, int row, int num_ro
   return cut;
 }
 
+// Pages of a share, at most: longer ones take longer than the merge of pieces that is saved.
+constexpr int kMaxSharePages = 24;
+
+// The layer's shares, if its longest is neither that long nor much longer than their mean: else
+// false. All of the block's threads.
+__device__ bool ListShares(const DecodePlanParams& p, int layer, int num_rows, int slots,
+                           int cluster, int total_pages, int longest_share) {
+  const int shares = num_rows * cluster;
+  if (cluster < 2 || shares > p.plan.max_pieces) return false;
+  if (longest_share > min(kMaxSharePages, 2 * (total_pages / shares) + 2 * kPagesPerUnit)) {
+    return false;
+  }
+  DecodePiece* pieces = p.plan.pieces + static_cast<int64_t>(layer) * p.plan.max_pieces;
+  for (int i = static_cast<int>(threadIdx.x); i < shares; i += static_cast<int>(blockDim.x)) {
+    const Cut cut = CutSpan(p, layer, i / cluster, num_rows, slots);
+    const int active = min(cluster, cut.num_pieces), rank = i % cluster;
+    DecodePiece share = {.row = i / cluster,
+                         .span = cut.span,
+                         .first_page = 0,
+                         .num_pages = 0,
+                         .partial = kShare,
+                         .num_survivors = cut.num_survivors,
+                         .num_ring = cut.num_ring,
+                         .fresh_ring_page = cut.fresh};
+    if (rank < active) {
+      share.first_page = rank * cut.num_pieces / active * cut.full;
+      const int end = (rank + 1) * cut.num_pieces / active * cut.full;
+      share.num_pages = min(end, cut.pages) - share.first_page;
+    }
+    pieces[i] = share;
+  }
+  if (threadIdx.x == 0) p.plan.num_pieces[layer] = shares;
+  return true;
+}
+
 // Calls visit(c, n) for every class c of which the warp's lanes have pieces; n is the lane's.
 template <typename Visit>
 __device__ __forceinline__ void ForEachClass(const Cut& cut, Visit visit) {
@@ -97,23 +132,31 @@ __device__ __forceinline__ void ForEachClass(const Cut& cut, Visit visit) {
 // Where the device's blocks have several spans each, most spans are one item each, which
 // costs no partial results; the other spans' pieces come last and even out the blocks' ends.
 __global__ void __launch_bounds__(kMaxThreads)
-    DecodePlanKernel(const DecodePlanParams p, int slots, int num_blocks) {
+    DecodePlanKernel(const DecodePlanParams p, int slots, int num_blocks, int cluster) {
   __shared__ int class_count[kClasses], class_next[kClasses], partials, fits;
-  __shared__ int total_pages, longest;
+  __shared__ int total_pages, longest, longest_share;
   const int layer = static_cast<int>(blockIdx.x), threads = static_cast<int>(blockDim.x);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int num_rows = p.num_seqs * p.spans.num_kv_heads;
   const int padded_rows = (num_rows + 31) / 32 * 32;  // whole warps
   if (tid < kClasses) class_count[tid] = 0;
-  if (tid == 0) partials = total_pages = longest = 0;
+  if (tid == 0) partials = total_pages = longest = longest_share = 0;
   Cut first_cut = CutSpan(p, layer, tid, num_rows, slots);
   __syncthreads();
   for (int row = tid; row < padded_rows; row += threads) {
     const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
     const int sum = __reduce_add_sync(kAll, cut.pages);
-    if (lane == 0) atomicAdd(&total_pages, sum);
+    const int share = cut.num_pieces > kMaxSharedPieces
+                          ? cut.pages
+                          : (cut.num_pieces + cluster - 1) / cluster * cut.full;
+    const int longer = __reduce_max_sync(kAll, min(share, cut.pages));
+    if (lane == 0) {
+      atomicAdd(&total_pages, sum);
+      atomicMax(&longest_share, longer);
+    }
   }
   __syncthreads();
+  if (ListShares(p, layer, num_rows, slots, cluster, total_pages, longest_share)) return;
   const int most = total_pages / num_blocks * 2 / 3;  // pages of a span that may stay whole
   for (int row = tid; row < padded_rows; row += threads) {
     const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
@@ -234,8 +277,10 @@ absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle strea
   WINNOW_RETURN_IF_ERROR(
       CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
   const int num_blocks = params.force_blocks > 0 ? params.force_blocks : 2 * num_sms;
+  const bool clusters = params.force_blocks == 0 &&
+                        CanWaitForPredecessors(reinterpret_cast<const void*>(DecodePlanKernel));
   DecodePlanKernel<<<params.spans.num_layers, threads, 0, stream>>>(
-      params, params.spans.slots_per_page(), num_blocks);
+      params, params.spans.slots_per_page(), num_blocks, clusters ? DecodeClusterBlocks(rows) : 1);
   return CudaStatus(cudaGetLastError());
 }
 

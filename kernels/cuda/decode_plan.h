@@ -12,32 +12,44 @@
 // page of one slot. It is cut into pieces of PieceUnits(pages) * kPagesPerUnit pages, which
 // depends on that span's length alone, so a sequence's result has the same bits whatever
 // its batch mates. The plan lists pieces and, where there is work enough for all blocks, whole
-// spans, whose pieces one block goes through in turn; longest first.
+// spans, whose pieces one block goes through in turn; longest first. Of few and short spans of
+// like lengths it lists DecodeClusterBlocks() shares each, runs of pieces, for the blocks of a
+// cluster.
 namespace winnow::kernels {
 
 inline constexpr int kPagesPerUnit = 8;
-inline constexpr int kMaxPieces = 64;  // of a span
+inline constexpr int kMaxPieces = 32;  // of a span
 
-// One up to 256 pages; beyond, the least power of two that makes pieces of at least 16 pages
-// and at most kMaxPieces of them.
+// One up to 64 pages; beyond, the least from three on that makes at most kMaxPieces pieces.
 constexpr int PieceUnits(int num_pages) {
-  if (num_pages <= 256) return 1;
-  int units = 16 / kPagesPerUnit;
-  while (num_pages > units * kPagesPerUnit * kMaxPieces) units *= 2;
-  return units;
+  constexpr int kMost = kPagesPerUnit * kMaxPieces;
+  if (num_pages <= 64) return 1;
+  return num_pages <= 3 * kMost ? 3 : (num_pages + kMost - 1) / kMost;
 }
 
+// Blocks of a cluster, 1 where the spans are too many for clusters.
+inline constexpr int kMaxShares = 128;  // about one an SM
+inline constexpr int kMaxClusterBlocks = 8;
+inline constexpr int kMaxSharedPieces = 16;  // of a span that a cluster shares
+constexpr int DecodeClusterBlocks(int num_rows) {
+  int blocks = kMaxClusterBlocks;
+  while (blocks > 1 && num_rows * blocks > kMaxShares) blocks /= 2;
+  return blocks;
+}
+
+// A piece, a whole span, or the share of a cluster's block, perhaps of no pages.
 struct alignas(32) DecodePiece {
   int32_t row;         // in the batch: b * num_kv_heads + g
   int32_t span;        // among the layer's spans: slot * num_kv_heads + g
   int32_t first_page;  // of the span's list
-  int32_t num_pages;   // a piece's, or all of the span's
-  int32_t partial;     // index of the span's first partial result
+  int32_t num_pages;
+  int32_t partial;  // index of the span's first partial result; kShare: the cluster keeps them
   int32_t num_survivors;
   int32_t num_ring;
   int32_t fresh_ring_page;  // of the list: the one that the step's token goes to; -1: none
 };
 static_assert(sizeof(DecodePiece) == 32);
+inline constexpr int32_t kShare = -1;
 
 // Device memory of a plan; all of it the caller's, 16-byte aligned.
 struct DecodePlan {
@@ -55,7 +67,8 @@ struct DecodePlan {
 
 // Enough for `num_rows` spans (sequences * KV heads) whose tables hold `num_pages` together.
 constexpr int64_t MaxDecodePieces(int64_t num_rows, int64_t num_pages) {
-  return num_rows + num_pages / kPagesPerUnit;
+  const int64_t pieces = num_rows + num_pages / kPagesPerUnit;
+  return pieces > kMaxShares ? pieces : kMaxShares;
 }
 
 struct DecodePlanParams {
@@ -63,8 +76,8 @@ struct DecodePlanParams {
   const int32_t* slots = nullptr;  // device [num_seqs]: the cache's slot of each; < 0: no sequence
   int num_seqs = 0;
   DecodePlan plan;
-  // Blocks that the work is dealt to; 0: as many as the device holds. Results do not depend
-  // on it: 1 leaves most spans in one, very many cuts them all.
+  // Blocks that the work is dealt to; 0: as many as the device holds, or clusters. Results do
+  // not depend on it: 1 leaves most spans in one, very many cuts them all.
   int force_blocks = 0;
 };
 

@@ -383,17 +383,26 @@ TEST(CompactDecodePlan, SaysWhenPiecesDoNotFit) {
   DeviceArray<int32_t> slots(AllSlots(c));
   DeviceArray<float> q(RandomQueries(c, c.num_sequences)), out(q.size());
   for (const int missing : {0, 1, 7}) {
-    PlanMemory exact(4 * rows - missing, 0, c.group, c.head_dim);  // as many pieces
-    ASSERT_EQ(exact.max_pieces, 4 * rows - missing);
+    const int max_pieces = 4 * rows - missing;  // too few for shares of clusters
+    PlanMemory memory(rows, 0, c.group, c.head_dim);
+    DeviceArray<DecodePiece> pieces(static_cast<size_t>(max_pieces));
+    const size_t heads = static_cast<size_t>(max_pieces * c.group);
+    DeviceArray<float> partial_out(heads * static_cast<size_t>(c.head_dim)),
+        partial_norm(heads * 2);
+    DecodePlan plan = memory.plan();
+    plan.pieces = pieces.get();
+    plan.partial_out = partial_out.get();
+    plan.partial_norm = partial_norm.get();
+    plan.max_pieces = max_pieces;
     out.Fill(0xff);
     ASSERT_TRUE(LaunchDecodePlan({.spans = spans.device(),
                                   .slots = slots.get(),
                                   .num_seqs = c.num_sequences,
-                                  .plan = exact.plan()},
+                                  .plan = plan},
                                  nullptr)
                     .ok());
     ASSERT_TRUE(LaunchCompactDecodeAttention({.spans = spans.device(),
-                                              .plan = exact.plan(),
+                                              .plan = plan,
                                               .q = q.get(),
                                               .out_f32 = out.get(),
                                               .num_seqs = c.num_sequences,
@@ -401,12 +410,12 @@ TEST(CompactDecodePlan, SaysWhenPiecesDoNotFit) {
                                               .scale = 0.1f},
                                              nullptr)
                     .ok());
-    EXPECT_EQ(exact.overflow.Get()[0], missing == 0 ? 0 : 1);
-    EXPECT_EQ(exact.num_pieces.Get()[0], missing == 0 ? 4 * rows : 0);
-    exact.pieces.Get();  // checks what lies around them
-    exact.out.Get();
-    exact.norm.Get();
-    for (const int32_t left : exact.arrivals.Get()) EXPECT_EQ(left, 0);
+    EXPECT_EQ(memory.overflow.Get()[0], missing == 0 ? 0 : 1);
+    EXPECT_EQ(memory.num_pieces.Get()[0], missing == 0 ? 4 * rows : 0);
+    pieces.Get();  // checks what lies around them
+    partial_out.Get();
+    partial_norm.Get();
+    for (const int32_t left : memory.arrivals.Get()) EXPECT_EQ(left, 0);
     for (const float x : out.Get()) ASSERT_EQ(std::isnan(x), missing != 0);
   }
 }

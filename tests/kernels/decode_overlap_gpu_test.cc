@@ -22,15 +22,16 @@ struct OverlapCase {
   std::string name;
   KvFormatId format = KvFormatId::kFp8;
   int head_dim = 128, window = 40, shift = 1;
+  int num_sequences = 64, max_pages = 4;  // of survivors
   uint32_t seed = 1;
 
   friend void PrintTo(const OverlapCase& c, std::ostream* os) { *os << c.name; }
 };
 
-// About as many rows as an H200 holds blocks: nearly every span's first pages are read early.
-constexpr int kLayers = 4, kSequences = 64, kHeads = 4, kGroup = 4;
-constexpr int kSteps = 45;  // more than a page's slots, and than most windows
-constexpr int kSpans = kLayers * kSequences * kHeads;
+// 64 sequences are about as many rows as an H200 holds blocks: nearly every span's first pages
+// are read early. Two and six are shared by clusters of eight and four blocks.
+constexpr int kLayers = 4, kHeads = 4, kGroup = 4;
+constexpr int kSteps = 45;     // more than a page's slots, and than most windows
 constexpr int kDelayUs = 200;  // a launch takes some 5
 
 // A third of the spans have rings that fill up during the steps, the others full ones, which
@@ -40,14 +41,14 @@ std::vector<SpanLength> Lengths(const OverlapCase& c) {
   const int slots = SlotsPerPage(c.format, c.head_dim);
   std::mt19937 rng(c.seed);
   const auto below = [&](int n) { return static_cast<int>(rng() % static_cast<uint32_t>(n)); };
-  std::vector<SpanLength> lengths(kSpans);
-  for (int s = 0; s < kSequences; ++s) {
+  std::vector<SpanLength> lengths(static_cast<size_t>(kLayers * c.num_sequences * kHeads));
+  for (int s = 0; s < c.num_sequences; ++s) {
     const bool fills = s % 3 == 0;
     const int ring = fills ? std::max(c.window - 1 - below(kSteps), 0) : c.window;
     for (int l = 0; l < kLayers; ++l) {
       for (int g = 0; g < kHeads; ++g) {
-        const int around = below(4) * slots + below(3) - 1;
-        lengths[static_cast<size_t>((l * kSequences + s) * kHeads + g)] = {
+        const int around = below(c.max_pages) * slots + below(3) - 1;
+        lengths[static_cast<size_t>((l * c.num_sequences + s) * kHeads + g)] = {
             .survivors = fills ? 0 : std::max(around, 0), .ring = ring};
       }
     }
@@ -142,28 +143,29 @@ void DecodeOverlapGpu::SetUp() {
   const OverlapCase& c = GetParam();
   const int slots = SlotsPerPage(c.format, c.head_dim);
   // Both tables of a span grow by a page every `slots` steps at most.
-  const int spare = kSpans * 2 * (kSteps / slots + 1);
-  spans_ = std::make_unique<DeviceSpanCase>(DeviceSpanShape{.format = c.format,
-                                                            .head_dim = c.head_dim,
-                                                            .window = c.window,
-                                                            .shift = c.shift,
-                                                            .num_layers = kLayers,
-                                                            .num_kv_heads = kHeads,
-                                                            .spare_pages = spare,
-                                                            .max_survivors = 4 * slots + kSteps,
-                                                            .seed = c.seed},
-                                            kSequences, Lengths(c));
-  plan_ = std::make_unique<PlanMemory>(kSequences * kHeads, spans_->total_pages() + spare, kGroup,
-                                       c.head_dim, kLayers);
+  const int spare = kLayers * c.num_sequences * kHeads * 2 * (kSteps / slots + 1);
+  spans_ = std::make_unique<DeviceSpanCase>(
+      DeviceSpanShape{.format = c.format,
+                      .head_dim = c.head_dim,
+                      .window = c.window,
+                      .shift = c.shift,
+                      .num_layers = kLayers,
+                      .num_kv_heads = kHeads,
+                      .spare_pages = spare,
+                      .max_survivors = c.max_pages * slots + kSteps,
+                      .seed = c.seed},
+      c.num_sequences, Lengths(c));
+  plan_ = std::make_unique<PlanMemory>(c.num_sequences * kHeads, spans_->total_pages() + spare,
+                                       kGroup, c.head_dim, kLayers);
   const size_t dim = static_cast<size_t>(c.head_dim);
-  layer_size_ = size_t{kSequences} * kHeads * kGroup * dim;
+  layer_size_ = static_cast<size_t>(c.num_sequences) * kHeads * kGroup * dim;
   row_ = size_t{kHeads} * (kGroup + 2) * dim;
   std::mt19937 rng(c.seed + 1);
   std::normal_distribution<float> normal;
-  std::vector<float> random(kSequences * row_ + kSteps * kLayers * 4);
+  std::vector<float> random(static_cast<size_t>(c.num_sequences) * row_ + kSteps * kLayers * 4);
   for (float& x : random) x = normal(rng);
-  std::vector<int32_t> all(kSequences);
-  for (int s = 0; s < kSequences; ++s) all[static_cast<size_t>(s)] = kSequences - 1 - s;
+  std::vector<int32_t> all(static_cast<size_t>(c.num_sequences));
+  for (int s = 0; s < c.num_sequences; ++s) all[static_cast<size_t>(s)] = c.num_sequences - 1 - s;
   const absl::StatusOr<RopeTable> rope = BuildRopeTable(c.head_dim, kSteps, 10000.0f);
   ASSERT_TRUE(rope.ok());
   const auto ints = [](const std::vector<int32_t>& x) {
@@ -176,7 +178,7 @@ void DecodeOverlapGpu::SetUp() {
   num_free_ = ints({spare});
   exhausted_ = ints({0});
   slots_ = ints(all);
-  positions_ = ints(std::vector<int32_t>(kSequences, 0));
+  positions_ = ints(std::vector<int32_t>(all.size(), 0));
   norm_ = floats(std::vector<float>(dim, 1.1f));
   cos_ = floats(rope->cos);
   sin_ = floats(rope->sin);
@@ -193,7 +195,7 @@ void DecodeOverlapGpu::Attend(int layer, const float* q, float* out, bool overla
        .layer = layer,
        .q = q,
        .out_f32 = out,
-       .num_seqs = kSequences,
+       .num_seqs = GetParam().num_sequences,
        .num_heads = kHeads * kGroup,
        .scale = 1.0f / std::sqrt(static_cast<float>(GetParam().head_dim)),
        .overlap_launch = overlap},
@@ -202,7 +204,7 @@ void DecodeOverlapGpu::Attend(int layer, const float* q, float* out, bool overla
 }
 
 void DecodeOverlapGpu::Begin(int step) {
-  positions_->Set(std::vector<int32_t>(kSequences, step));
+  positions_->Set(std::vector<int32_t>(static_cast<size_t>(GetParam().num_sequences), step));
   q_->Fill(0xff);
   out_->Fill(0xff);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
@@ -215,12 +217,14 @@ void DecodeOverlapGpu::Enqueue(int inputs, bool overlap) {
       LaunchDecodeStep({.spans = spans,
                         .pool = {free_pages_->get(), num_free_->get(), exhausted_->get()},
                         .slots = slots_->get(),
-                        .num_seqs = kSequences},
+                        .num_seqs = GetParam().num_sequences},
                        stream_);
   ASSERT_TRUE(status.ok()) << status;
-  status = LaunchDecodePlan(
-      {.spans = spans, .slots = slots_->get(), .num_seqs = kSequences, .plan = plan_->plan()},
-      stream_);
+  status = LaunchDecodePlan({.spans = spans,
+                             .slots = slots_->get(),
+                             .num_seqs = GetParam().num_sequences,
+                             .plan = plan_->plan()},
+                            stream_);
   ASSERT_TRUE(status.ok()) << status;
   const int64_t stride = static_cast<int64_t>(row_);
   for (int l = 0; l < kLayers; ++l) {
@@ -244,7 +248,7 @@ void DecodeOverlapGpu::Enqueue(int inputs, bool overlap) {
                                                   .offset = 0.1f},
                                          .format = c.format,
                                          .q_out = Q(l),
-                                         .num_tokens = kSequences,
+                                         .num_tokens = GetParam().num_sequences,
                                          .num_heads = kHeads * kGroup,
                                          .num_kv_heads = kHeads,
                                          .head_dim = c.head_dim},
@@ -406,6 +410,9 @@ std::vector<OverlapCase> Cases() {
   cases.push_back({.name = "whole_pages", .window = 64, .shift = 0, .seed = 9});
   cases.push_back({.name = "w1", .window = 1, .seed = 10});
   cases.push_back({.name = "w33", .head_dim = 64, .window = 33, .seed = 11});
+  cases.push_back({.name = "shared_by_8", .num_sequences = 2, .max_pages = 24, .seed = 12});
+  cases.push_back(
+      {.name = "shared_by_4", .head_dim = 64, .num_sequences = 6, .max_pages = 24, .seed = 13});
   return cases;
 }
 

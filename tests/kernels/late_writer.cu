@@ -8,6 +8,7 @@ namespace winnow {
 namespace {
 
 constexpr int kThreads = 256, kBlocks = 128;
+constexpr int kLateBlocks = 32;  // leaves room for clusters to start
 
 template <typename Visit>
 __device__ void ForEachDifference(const WordPair& words, Visit visit) {
@@ -45,7 +46,7 @@ absl::Status LaunchPoisonDifferences(const WordPair& words, StreamHandle stream)
 
 absl::Status LaunchLateWriter(const WordPair& a, const WordPair& b, int delay_us,
                               StreamHandle stream) {
-  LateWriterKernel<<<kBlocks, kThreads, 0, stream>>>(a, b, uint64_t{1000} * delay_us);
+  LateWriterKernel<<<kLateBlocks, kThreads, 0, stream>>>(a, b, uint64_t{1000} * delay_us);
   return CudaStatus(cudaGetLastError());
 }
 

@@ -64,10 +64,10 @@ absl::Status ValidateDmsPrefillBatch(const DmsPrefillBatch& batch);
 struct DmsPrefillCompactParams {
   DmsPrefillBatch batch;
   KvFormatId format = KvFormatId::kFp8;
-  const Bf16* k =
-      nullptr;  // [num_rows, num_kv_heads, head_dim], row stride kv_stride; 8-byte aligned
+  // [num_rows, num_kv_heads, head_dim], row stride kv_stride, 16-byte aligned
+  const Bf16* k = nullptr;
   const Bf16* v = nullptr;                // as k
-  int64_t kv_stride = 0;                  // elements, a multiple of 4
+  int64_t kv_stride = 0;                  // elements, a multiple of 8
   const uint8_t* decisions = nullptr;     // [num_rows, num_kv_heads], 1: evict; null: all keep
   const uint8_t* prefix_evict = nullptr;  // [band_rows, num_kv_heads], read for prefix tokens only
   uint8_t* rows = nullptr;  // [num_rows, num_kv_heads, TokenBytes], 4-byte aligned; null: unwanted

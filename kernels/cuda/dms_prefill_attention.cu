@@ -181,8 +181,8 @@ absl::Status ValidateDmsPrefillCompact(const DmsPrefillCompactParams& p) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillBatch(p.batch));
   const int row = p.batch.num_kv_heads * p.batch.head_dim;
   if (p.k == nullptr && p.v == nullptr && p.rows == nullptr) return absl::OkStatus();
-  if (p.kv_stride < row || p.kv_stride % 4 != 0) return Invalid("kv_stride", p.kv_stride);
-  if (p.k == nullptr || p.v == nullptr || !Aligned(p.k, 8) || !Aligned(p.v, 8)) {
+  if (p.kv_stride < row || p.kv_stride % 8 != 0) return Invalid("kv_stride", p.kv_stride);
+  if (p.k == nullptr || p.v == nullptr || !Aligned(p.k, 16) || !Aligned(p.v, 16)) {
     return absl::InvalidArgumentError("dms_prefill: k or v is null or misaligned");
   }
   if (static_cast<size_t>(p.format) >= std::size(kKvFormats)) {

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
@@ -16,18 +17,16 @@
 namespace winnow::kernels {
 namespace {
 
-using internal::Four;
 using internal::kBuckets;
 using internal::NumExpirable;
 using internal::PrefillScratch;
-using internal::StoreVector;
 
 // ---------------------------------------------------------------------------
 // Marks: a block a piece of a (KV head, sequence) counts the kept tokens before its piece,
 // then scans its own. Grid (num_kv_heads, batch, pieces of the longest band).
 
-constexpr int kMarkWarps = 16, kMarkThreads = 32 * kMarkWarps;
-constexpr int kMarkWords = 8;  // of 32 tokens, a warp
+constexpr int kMarkWarps = 32, kMarkThreads = 32 * kMarkWarps;
+constexpr int kMarkWords = 4;  // of 32 tokens, a warp
 constexpr int kMarkTokens = kMarkThreads * kMarkWords;
 
 // Whether band token `i`, any of [0, band + 31], is one that is kept. One load at most
@@ -51,25 +50,9 @@ __device__ void ZeroRows(Bf16* x, int64_t row_stride, int first, int end, int he
   }
 }
 
-// The sum over the block of every warp's `x`, which is the same in all its lanes, and that
-// over the warps before this one.
-__device__ int2 SumOfWarps(int x, int (&shared)[kMarkWarps]) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  __syncthreads();  // what was there is read
-  if (lane == 0) shared[warp] = x;
-  __syncthreads();
-  int2 sums = make_int2(0, 0);
-#pragma unroll
-  for (int i = 0; i < kMarkWarps; ++i) {
-    sums.x += shared[i];
-    sums.y += i < warp ? shared[i] : 0;
-  }
-  return sums;
-}
-
-__global__ void __launch_bounds__(kMarkThreads)
+__global__ void __launch_bounds__(kMarkThreads, 1)
     MarkKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch) {
-  __shared__ int sums[kMarkWarps];
+  __shared__ int2 sums[kMarkWarps];
   __shared__ int expired;
   ptx::WaitForPredecessors();
   ptx::LetDependentsStart();
@@ -83,26 +66,32 @@ __global__ void __launch_bounds__(kMarkThreads)
   const auto kept = [&](int i) { return Kept(p, s, head, i, band); };
   const int older =
       b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
-  int before = 0;
-#pragma unroll 8
-  for (int i = static_cast<int>(threadIdx.x); i < start; i += kMarkThreads) before += kept(i);
-  before = older + SumOfWarps(__reduce_add_sync(~0u, before), sums).x;
-
+  // All loads are under way before any is waited for.
   const int first = start + warp * 32 * kMarkWords;
+  bool own_kept[kMarkWords];
+#pragma unroll
+  for (int n = 0; n < kMarkWords; ++n) own_kept[n] = kept(first + 32 * n + lane);
+  int before = 0;
+#pragma unroll 16
+  for (int i = static_cast<int>(threadIdx.x); i < start; i += kMarkThreads) before += kept(i);
   uint32_t words[kMarkWords];
   int count = 0;
 #pragma unroll
   for (int n = 0; n < kMarkWords; ++n) {
-    words[n] = __ballot_sync(~0u, kept(first + 32 * n + lane));
+    words[n] = __ballot_sync(~0u, own_kept[n]);
     count += __popc(words[n]);
   }
-  const int2 counts = SumOfWarps(count, sums);
+  before = __reduce_add_sync(~0u, before);
+  if (lane == 0) sums[warp] = make_int2(before, count);
+  __syncthreads();
+  static_assert(kMarkWarps == 32);
+  int rank = older + __reduce_add_sync(~0u, sums[lane].x) +
+             __reduce_add_sync(~0u, lane < warp ? sums[lane].y : 0);
   // Survivors of the band end where the last expirable token lies; one block has it.
   const bool last = expirable > start && expirable <= start + kMarkTokens;
   const bool none = expirable == 0 && start == 0;
   if (none && threadIdx.x == 0) expired = older;
   int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row;
-  int rank = before + counts.y;
 #pragma unroll
   for (int n = 0; n < kMarkWords; ++n) {
     const int i = first + 32 * n + lane;
@@ -125,17 +114,41 @@ __global__ void __launch_bounds__(kMarkThreads)
 
 // ---------------------------------------------------------------------------
 // Store: four lanes a K or V of one token and head, a warp four such rows of
-// [tokens, heads]. Grid (1 + pieces of the longest band, batch); the
+// [tokens, heads], which lie side by side. Grid (1 + pieces of the longest band, batch); the
 // first block plans. All but the place of a survivor is done before the marks are there.
-// Shared memory: the partial sums, the flat rows on their way out, and the plan's counts.
+// Shared memory: the flat rows on their way out, and the plan's counts.
 
 constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
-constexpr int kItems = 4;  // tokens of a head, a warp
+constexpr int kItems = 4;                          // tokens of a head, a warp
+constexpr int kBlockItems = kItems * kStoreWarps;  // a block
+constexpr int kStoreBlocks = 4;                    // an SM
 
+// The warp's rows of the chunk, side by side: those of their words that lie in [from, to).
+template <int kWords>
+__device__ __forceinline__ void StoreRows(const uint8_t* rows, uint8_t* out, int from, int to) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (from == 0 && to == kWords && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+#pragma unroll
+    for (uint32_t i = lane; i < kWords / 4; i += 32) {
+      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(rows)[i];
+    }
+  } else {
+#pragma unroll 1
+    for (int i = static_cast<int>(lane); i < kWords; i += 32) {
+      if (i >= from && i < to) {
+        reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(rows)[i];
+      }
+    }
+  }
+}
+
+// Blocks from number `late` on start when others have ended, so when the marks are there.
+// heads_inverse: 2^32 / num_kv_heads rounded down, but at most 2^32 - 1.
 template <int kDim, KvElement kK, KvElement kV>
-__global__ void __launch_bounds__(kStoreThreads)
-    StoreKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch, int positions) {
-  constexpr int kN = kDim / 16;
+__global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
+    StoreKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch, int positions,
+                uint32_t late, uint32_t heads_inverse) {
+  constexpr int kWords = kDim / 8;  // of two values, a lane
   constexpr int kKBytes = kDim * static_cast<int>(KvElementBytes(kK));
   constexpr int kVBytes = kDim * static_cast<int>(KvElementBytes(kV));
   constexpr int kScaleAt = kKBytes + kVBytes;
@@ -143,16 +156,13 @@ __global__ void __launch_bounds__(kStoreThreads)
       kScaleAt + static_cast<int>(KvScaleBytes(kK)) + static_cast<int>(KvScaleBytes(kV));
   static_assert(kTokenBytes % 4 == 0);
   union Shared {
-    struct {
-      alignas(16) float sums[kStoreWarps][8][32];
-      alignas(16) uint8_t staged[kStoreWarps][kItems][kTokenBytes];
-    } store;
+    uint8_t rows[kStoreWarps][kItems][kTokenBytes];
     struct {
       int counts[kBuckets];
       int warp_sums[kStoreWarps];
     } plan;
   };
-  __shared__ Shared shared;
+  __shared__ alignas(16) Shared shared;
   const DmsPrefillBatch& b = p.batch;
   ptx::LetDependentsStart();
   if (blockIdx.x == 0) {
@@ -162,85 +172,105 @@ __global__ void __launch_bounds__(kStoreThreads)
                                     shared.plan.warp_sums);
     return;
   }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, four = lane % 4;
+  const bool is_v = (lane & 4) != 0;
+  auto& rows = shared.rows[warp];
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
-  const int band = s.num_prefix + s.num_tokens;
-  const int first = kItems * (static_cast<int>(blockIdx.x - 1) * kStoreWarps + warp);
-  const int in_warp = lane / 8, is_v = lane / 4 % 2;
-  const int item = first + in_warp;  // of [band, num_kv_heads]
-  const int i = item / b.num_kv_heads, head = item - i * b.num_kv_heads;
-  const Four four{.lane = lane % 4, .mask = 0xfu << (lane & ~3)};
-  uint8_t* row = shared.store.staged[warp][in_warp];
-  const bool fresh = i < band && i >= s.num_prefix;
-  uint2 packed[kN];
-  const int64_t band_at = (int64_t{s.band_row + i} * b.num_kv_heads + head) * kDim + 4 * four.lane;
-  Bf16* band_out = (is_v ? b.band_v : b.band_k) + band_at;
-  if (i < band) {
-    const Bf16* in = fresh ? (is_v ? p.v : p.k) + (s.row + i - s.num_prefix) * p.kv_stride +
-                                 head * kDim + 4 * four.lane
-                           : band_out;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) packed[n] = *reinterpret_cast<const uint2*>(in + 16 * n);
+  const int heads = b.num_kv_heads, band = s.num_prefix + s.num_tokens;
+  const int first = static_cast<int>((blockIdx.x - 1) * kBlockItems + warp * kItems);
+  int item = first + static_cast<int>(lane / 8);  // of [band, heads]
+  int i = static_cast<int>(__umulhi(static_cast<uint32_t>(item), heads_inverse));
+  int head = item - i * heads;
+  if (head >= heads) {
+    head -= heads;
+    ++i;
   }
-  if (fresh) {
-    float4 x[kN];
-    uint32_t amax = 0;  // of the upper and of the lower halves
+  const auto stored = [&] {
+    return (is_v ? b.band_v : b.band_k) + ((int64_t{s.band_row} * heads + item) * kDim + 8 * four);
+  };
+  const auto mark = [&] {
+    return i < NumExpirable(band, b.window) ? scratch.marks[head * b.band_rows + s.band_row + i]
+                                            : 0;
+  };
+  int own_mark = 0;
+  if (blockIdx.x >= late) {
+    ptx::WaitForPredecessors();
+    own_mark = mark();
+  }
+  uint32_t x[kWords] = {};
+  const auto get = [&](const Bf16* in) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      amax = __vmaxu2(amax, __vmaxu2(packed[n].x & 0x7fff7fff, packed[n].y & 0x7fff7fff));
-      x[n] = make_float4(
-          __uint_as_float(packed[n].x << 16), __uint_as_float(packed[n].x & 0xffff0000u),
-          __uint_as_float(packed[n].y << 16), __uint_as_float(packed[n].y & 0xffff0000u));
+    for (int n = 0; n < kWords; n += 4) {
+      const uint4 piece = *reinterpret_cast<const uint4*>(in + 8 * n);
+      x[n] = piece.x;
+      x[n + 1] = piece.y;
+      x[n + 2] = piece.z;
+      x[n + 3] = piece.w;
     }
-    amax = internal::MaxOfFour(max(amax & 0xffff0000u, amax << 16), four);
-    float* own_sums = shared.store.sums[warp][lane / 4];
-    uint8_t* codes = is_v ? row + kKBytes : row;
-    uint8_t* scale = row + kScaleAt + (is_v ? static_cast<int>(KvScaleBytes(kK)) : 0);
-    if (kK == kV || !is_v) {  // one path for all lanes if the elements are of one kind
-      StoreVector<kK>(x, amax, four, own_sums, codes, scale);
+  };
+  const auto put = [&](Bf16* out) {
+#pragma unroll
+    for (int n = 0; n < kWords; n += 4) {
+      *reinterpret_cast<uint4*>(out + 8 * n) = make_uint4(x[n], x[n + 1], x[n + 2], x[n + 3]);
+    }
+  };
+  if (i < band && i >= s.num_prefix) {
+    get((is_v ? p.v : p.k) +
+        (int64_t{s.row + i - s.num_prefix} * p.kv_stride + head * kDim + 8 * four));
+  }
+  // All lanes go along, those of what is stored already with zeros.
+  uint8_t* row = rows[lane / 8];
+  uint8_t* codes = is_v ? row + kKBytes : row;
+  uint8_t* scale = row + kScaleAt + (is_v ? static_cast<int>(KvScaleBytes(kK)) : 0);
+  if constexpr (kK == kV) {  // one path for all lanes if the elements are of one kind
+    internal::StoreVector<kK, ~0u>(x, four, codes, scale);
+  } else if (!is_v) {
+    internal::StoreVector<kK, 0x0f0f0f0fu>(x, four, codes, scale);
+  } else {
+    internal::StoreVector<kV, 0xf0f0f0f0u>(x, four, codes, scale);
+  }
+  // What is made of these is made anew below, rather than kept in registers.
+  asm volatile("" : "+r"(item), "+r"(i), "+r"(head));
+  if (i < band) {
+    if (i >= s.num_prefix) {
+      put(stored());
     } else {
-      StoreVector<kV>(x, amax, four, own_sums, codes, scale);
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      packed[n] = make_uint2(ptx::PackBf16(x[n].x, x[n].y), ptx::PackBf16(x[n].z, x[n].w));
-      *reinterpret_cast<uint2*>(band_out + 16 * n) = packed[n];
+      get(stored());
     }
   }
   if (p.rows != nullptr) {
     __syncwarp();
-    // The warp's rows of the chunk are side by side: [from, to) of its words.
-    constexpr int kWords = kTokenBytes / 4;
-    const int chunk_item = first - s.num_prefix * b.num_kv_heads;  // of [num_tokens, num_kv_heads]
-    const int from = kWords * max(0, min(kItems, -chunk_item));
-    const int to = kWords * max(0, min(kItems, s.num_tokens * b.num_kv_heads - chunk_item));
-    auto* out = reinterpret_cast<uint32_t*>(
-        p.rows + (int64_t{s.row} * b.num_kv_heads + chunk_item) * kTokenBytes);
-    const auto* staged = reinterpret_cast<const uint32_t*>(shared.store.staged[warp][0]);
-#pragma unroll
-    for (int word = lane; word < kItems * kWords; word += 32) {
-      if (word >= from && word < to) out[word] = staged[word];
-    }
+    constexpr int kRowWords = kTokenBytes / 4;
+    const int chunk_item = first - s.num_prefix * heads;  // of [num_tokens, heads]
+    StoreRows<kItems * kRowWords>(
+        rows[0], p.rows + (int64_t{s.row} * heads + chunk_item) * kTokenBytes,
+        kRowWords * max(0, min(kItems, -chunk_item)),
+        kRowWords * max(0, min(kItems, s.num_tokens * heads - chunk_item)));
   }
-  if (i >= NumExpirable(band, b.window)) return;
-  ptx::WaitForPredecessors();
-  const int mark = scratch.marks[int64_t{head} * b.band_rows + s.band_row + i];
-  if ((mark & 1) == 0) return;
-  Bf16* out = (is_v ? b.compact_v : b.compact_k) +
-              (int64_t{head} * b.compact_rows + s.compact_row + (mark >> 1)) * kDim + 4 * four.lane;
-#pragma unroll
-  for (int n = 0; n < kN; ++n) *reinterpret_cast<uint2*>(out + 16 * n) = packed[n];
+  if (blockIdx.x < late) {
+    ptx::WaitForPredecessors();
+    own_mark = mark();
+  }
+  if ((own_mark & 1) != 0) {
+    put((is_v ? b.compact_v : b.compact_k) +
+        ((int64_t{head} * b.compact_rows + s.compact_row + (own_mark >> 1)) * kDim + 8 * four));
+  }
 }
 
 template <int kDim, KvElement kK, KvElement kV>
 absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                           StreamHandle stream) {
+  int device = 0, num_sms = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
-  constexpr int kBlockItems = kItems * kStoreWarps;
   const dim3 grid(static_cast<unsigned>(1 + (items + kBlockItems - 1) / kBlockItems),
                   static_cast<unsigned>(p.batch.batch));
-  return LaunchEarly(StoreKernel<kDim, kK, kV>, grid, kStoreThreads, 0, stream, p, scratch,
-                     internal::TilePositions(kDim, p.batch.group));
+  return LaunchEarly(
+      StoreKernel<kDim, kK, kV>, grid, kStoreThreads, 0, stream, p, scratch,
+      internal::TilePositions(kDim, p.batch.group), static_cast<uint32_t>(num_sms * kStoreBlocks),
+      std::numeric_limits<uint32_t>::max() / static_cast<uint32_t>(p.batch.num_kv_heads));
 }
 
 // ---------------------------------------------------------------------------

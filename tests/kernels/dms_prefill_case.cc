@@ -71,6 +71,18 @@ PrefillInputs MakePrefillInputs(const PrefillCase& c, int tokens, uint32_t seed)
     for (size_t d = 2; d < dim; ++d) in.k[i * dim + d].bits &= 0xffe0;
     if (i % 5 == 0) std::fill_n(in.v.begin() + static_cast<int64_t>(i * dim), dim, Bf16{0});
   }
+  // Scales of few bits, at which quotients are e4m3 codes, or every sixth halfway between two.
+  for (size_t i = 3; i < vectors; i += 7) {
+    const float few = static_cast<float>(1 + 2 * (i / 7 % 8)), unit = few * 0x1p-12f;  // the scale
+    in.k[i * dim] = ToBf16(448.0f * unit);
+    for (size_t d = 1; d < dim; ++d) {
+      float units = static_cast<float>(8 + d % 8);
+      if (d % 6 == 0 && (17.0f + 2.0f * static_cast<float>(d / 6 % 8)) * few < 256.0f) {
+        units = 17.0f + 2.0f * static_cast<float>(d / 6 % 8);
+      }
+      in.k[i * dim + d] = ToBf16(units * unit * (d % 2 == 0 ? 0.25f : -1.0f));
+    }
+  }
   for (size_t i = 0; i < std::min(vectors, 16 * Size(c.kv_heads)) * dim && c.sink != 1.0f; ++i) {
     in.k[i] = ToBf16(c.sink * ToFloat(in.k[i]));
   }
@@ -160,7 +172,7 @@ DevicePrefill RunPrefill(const PrefillCase& c, const std::vector<PrefillSequence
     max_band = std::max(max_band, prefix + s.chunk);
   }
   const size_t row_bytes = TokenBytes(c.format, c.head_dim);
-  // The rows of q, k and v, or one matrix whose rows have all three, k and v at 8 bytes past 16.
+  // The rows of q, k and v, or one matrix whose rows have all three, each at 16 bytes past 32.
   const size_t q_stride = c.one_matrix ? heads + 2 * kv + 16 : heads;
   const size_t kv_stride = c.one_matrix ? q_stride : kv;
   DeviceArray<Bf16> q(Size(rows) * q_stride), own_k(Size(rows) * kv), own_v(Size(rows) * kv);
@@ -169,7 +181,7 @@ DevicePrefill RunPrefill(const PrefillCase& c, const std::vector<PrefillSequence
     if (!c.one_matrix) return own->Put(row * width, x, n * width);
     for (size_t i = 0; i < n; ++i) q.Put((row + i) * q_stride + offset, x + i * width, width);
   };
-  const size_t k_offset = 8 + heads + 4, v_offset = k_offset + kv;
+  const size_t k_offset = 8 + heads, v_offset = k_offset + kv;
   DeviceArray<Bf16> out(Size(rows) * heads), band_k(Size(band) * kv), band_v(Size(band) * kv);
   DeviceArray<Bf16> compact_k(Size(compact) * kv), compact_v(Size(compact) * kv);
   DeviceArray<uint8_t> decisions(Size(rows) * Size(c.kv_heads));

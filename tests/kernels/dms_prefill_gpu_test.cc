@@ -189,13 +189,13 @@ TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
 
   DmsPrefillCompactParams compact{.batch = good, .k = values, .v = values, .kv_stride = 128};
   EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
-  for (const int64_t stride : {127, 130}) {
+  for (const int64_t stride : {127, 132}) {
     compact.kv_stride = stride;
     EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid) << stride;
   }
-  compact.kv_stride = 132;
+  compact.kv_stride = 136;
   EXPECT_TRUE(ValidateDmsPrefillCompact(compact).ok());
-  compact.v = values + 2;
+  compact.v = values + 4;
   EXPECT_EQ(ValidateDmsPrefillCompact(compact).code(), invalid);
   compact.v = values;
   compact.format = static_cast<KvFormatId>(std::size(kKvFormats));
@@ -254,6 +254,28 @@ const PrefillCase kCases[] = {
      .head_dim = 64,
      .window = 64,
      .format = KvFormatId::kInt8H},
+    {.name = "int8_d64",
+     .sequences = {{0, 400}},
+     .head_dim = 64,
+     .window = 64,
+     .format = KvFormatId::kInt8},
+    {.name = "bf16_d64",
+     .sequences = {{0, 400}},
+     .head_dim = 64,
+     .window = 64,
+     .format = KvFormatId::kBf16},
+    // A warp's four rows begin within the prefix.
+    {.name = "prefix_odd",
+     .sequences = {{33, 50}, {7, 65}},
+     .kv_heads = 3,
+     .group = 1,
+     .window = 40},
+    {.name = "prefix_odd_k8v8",
+     .sequences = {{33, 50}, {7, 65}},
+     .kv_heads = 3,
+     .group = 1,
+     .window = 40,
+     .format = KvFormatId::kK8V8},
     {.name = "ragged", .sequences = {{0, 300}, {0, 1}, {0, 129}, {0, 640}}, .window = 100},
     {.name = "ragged_d64",
      .sequences = {{0, 300}, {0, 1}, {0, 129}, {0, 640}},

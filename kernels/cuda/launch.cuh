@@ -27,8 +27,9 @@ inline bool CanWaitForPredecessors(const void* kernel) {
 }
 
 // Enqueues a kernel whose blocks may be placed while the kernel before it in the stream
-// runs out, which hides the launch. REQUIRES: each of its threads that touches memory
-// calls ptx::WaitForPredecessors() first.
+// runs out, which hides the launch. REQUIRES: before ptx::WaitForPredecessors() a thread touches
+// only memory that no kernel that may still run writes, nor reads where this one writes. The kernel
+// before may run, and those before that too unless it lets this one start after its own wait.
 template <typename... Params, typename... Args>
 absl::Status LaunchEarly(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                          StreamHandle stream, Args&&... args) {

@@ -57,7 +57,7 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
         state.AddPage(ptx::SharedAddress(at_page), at_page + S::kCodeBytes,
                       newest ? 2 : 2 * S::kSlots, newest ? 1 : min(left, S::kSlots), [&] {
                         __syncwarp();
-                        if (lane == 0) RingArrive(&shared.empty[slot]);
+                        if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.empty[slot]);
                       });
         cursor.Advance(kDecodeWarps, args.ring_slots);
       }
@@ -76,10 +76,10 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
             });
       }
       __syncwarp();
-      if (lane == 0) RingArrive(&shared.results_full);
+      if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.results_full);
     }
     __syncwarp();
-    if (lane == 0) RingArrive(&shared.piece_empty[at.stage]);
+    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[at.stage]);
     at.Advance();
   }
 }
@@ -97,15 +97,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 #endif
   if (tid < args.ring_slots) {
     RingBarrierInit(&shared.full[tid], kFillArrivals);
-    RingBarrierInit(&shared.empty[tid], 1);
+    RingBarrierInit(&shared.empty[tid], ptx::kWarpArrivals);
   }
   if (tid < Shared::kStages) {
     RingBarrierInit(&shared.piece_full[tid], 32);
-    RingBarrierInit(&shared.piece_empty[tid], kDecodeWarps + kMergeWarps);
+    RingBarrierInit(&shared.piece_empty[tid], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
   }
   if (tid == 0) {
-    RingBarrierInit(&shared.results_full, kDecodeWarps);
-    RingBarrierInit(&shared.results_empty, kMergeWarps);
+    RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
+    RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
     RingBarrierInit(&shared.gathered, 1);
   }
 #if WINNOW_SM90A

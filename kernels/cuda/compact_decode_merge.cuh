@@ -150,7 +150,7 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
     const int row = words[kRow], partial = words[kPartial];
     if (view.num_pages == 0) return;
     __syncwarp();
-    if (lane == 0) RingArrive(&shared.piece_empty[at.stage]);
+    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[at.stage]);
     at.Advance();
     const int num_pieces = (view.span_pages + view.unit - 1) / view.unit;
 #if WINNOW_SM90A
@@ -201,7 +201,7 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
         fold[k].Add(max, sum, x);
       }
       __syncwarp();
-      if (lane == 0) RingArrive(&shared.results_empty);
+      if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.results_empty);
 #if WINNOW_SM90A
       ++piece;
 #endif

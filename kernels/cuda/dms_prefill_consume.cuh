@@ -157,7 +157,7 @@ __device__ __forceinline__ void Consume(const PrefillKernelArgs& args, PrefillSh
                                         int warpgroup) {
   constexpr int kConsumerThreads = 128 * Shape::kConsumers;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool arrives = lane == 0;  // for its warp
+  const bool arrives = ptx::ArrivesForWarp(lane);
   const int row0 = 64 * warpgroup + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
   const int position[2] = {row0 / args.group, (row0 + 8) / args.group};
   // Warpgroups take turns at issuing, so that one's softmax meets the others' products.

@@ -169,7 +169,7 @@ template <typename Shape>
 __device__ __forceinline__ void ConsumeFp8(const PrefillFp8Args& args,
                                            PrefillFp8Shared<Shape>& shared, int warpgroup) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool arrives = lane == 0;
+  const bool arrives = ptx::ArrivesForWarp(lane);
   const int row0 = 64 * warpgroup + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
   const int position[2] = {row0 / args.group, (row0 + 8) / args.group};
   uint32_t s[32], p[16];

@@ -95,7 +95,7 @@ __device__ __forceinline__ void ScheduleFp8(const PrefillFp8Args& args,
       ticket = __shfl_sync(~0u, ticket, 0);
     }
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(&shared.work_full[place.at]);
+    if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&shared.work_full[place.at]);
     if (end) return;
   }
 }
@@ -220,7 +220,7 @@ __device__ __forceinline__ void QuantizeQueries(const PrefillFp8Args& args,
     }
     ptx::FenceForWgmma();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (ptx::ArrivesForWarp(static_cast<int>(threadIdx.x) % 32)) {
       ptx::BarrierArrive(&shared.q_full[place.at]);
       ptx::BarrierArrive(&shared.work_empty[place.at]);
     }

@@ -23,7 +23,8 @@ struct PrefillShape {
   static constexpr uint32_t kBoxBytes = kBoxKeys * kDim * 2;
 };
 
-// Weights below it, times any stored value (65504 * 448 < 2^25), stay finite.
+// Sums of weights below it stay finite times any value of a one-byte format (65504 * 448 < 2^25),
+// and times BF16 values below 2^63.
 inline constexpr float kMostSum = 0x1p64f;
 
 template <typename Shape>
@@ -111,7 +112,7 @@ __device__ __forceinline__ void Schedule(const PrefillKernelArgs& args,
       ticket = __shfl_sync(~0u, ticket, 0);
     }
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(&shared.work_full[place.at]);
+    if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&shared.work_full[place.at]);
     if (end) return;
   }
 }

@@ -48,14 +48,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int i = 0; i < Shape::kStages; ++i) {
       ptx::BarrierInit(&shared.k_full[i], 1);
       ptx::BarrierInit(&shared.v_full[i], 1);
-      ptx::BarrierInit(&shared.k_empty[i], kConsumerWarps);
-      ptx::BarrierInit(&shared.v_empty[i], kConsumerWarps);
+      ptx::BarrierInit(&shared.k_empty[i], kConsumerWarps * ptx::kWarpArrivals);
+      ptx::BarrierInit(&shared.v_empty[i], kConsumerWarps * ptx::kWarpArrivals);
     }
     for (int i = 0; i < 2; ++i) {
       ptx::BarrierInit(&shared.q_full[i], 1);
       ptx::BarrierInit(&shared.list_full[i], 1);
-      ptx::BarrierInit(&shared.work_full[i], 1);
-      ptx::BarrierInit(&shared.work_empty[i], kConsumerWarps + 2);
+      ptx::BarrierInit(&shared.work_full[i], ptx::kWarpArrivals);
+      ptx::BarrierInit(&shared.work_empty[i], kConsumerWarps * ptx::kWarpArrivals + 2);
       shared.redo[i] = 0;
     }
     ptx::FenceBarrierInit();

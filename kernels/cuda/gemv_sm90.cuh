@@ -205,7 +205,7 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
         to[kGemvSumStride + 8] = sums[n][3] * odd;
       }
       __syncwarp();
-      if (lane == 0) ptx::BarrierArrive(&barriers->sums_full);
+      if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&barriers->sums_full);
     }
   }
 }
@@ -332,7 +332,7 @@ __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& 
         }
       }
       __syncwarp();
-      if (e % 32 == 0) ptx::BarrierArrive(&barriers->sums_empty);
+      if (ptx::ArrivesForWarp(e % 32)) ptx::BarrierArrive(&barriers->sums_empty);
       Add4(y, make_float4(slice[0], slice[1], slice[2], slice[3]));
     }
     if (a.cluster > 1 && !GatherSums(a, share.rank, i, inbox, barriers, e, y)) continue;
@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   asm volatile("griddepcontrol.launch_dependents;");
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : barriers.x_full) ptx::BarrierInit(&barrier, 1);
-    ptx::BarrierInit(&barriers.sums_full, kGemvMathWarps);
-    ptx::BarrierInit(&barriers.sums_empty, 2);
+    ptx::BarrierInit(&barriers.sums_full, kGemvMathWarps * ptx::kWarpArrivals);
+    ptx::BarrierInit(&barriers.sums_empty, 2 * ptx::kWarpArrivals);
     for (int i = 0; i < 2; ++i) {
       ptx::BarrierInit(&barriers.inbox_full[i], 1);
       for (auto& block : barriers.inbox_free) ptx::BarrierInit(&block[i], 1);

@@ -103,6 +103,16 @@ __device__ __forceinline__ void LetDependentsStart() {
 #endif
 }
 
+// At an mbarrier one lane arrives for its warp after __syncwarp(). compute-sanitizer's racecheck,
+// which follows lanes one by one, takes that for the lane's own accesses alone: with
+// WINNOW_RACECHECK all lanes do.
+#ifdef WINNOW_RACECHECK
+inline constexpr uint32_t kWarpArrivals = 32;
+#else
+inline constexpr uint32_t kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ bool ArrivesForWarp(int lane) { return kWarpArrivals > 1 || lane == 0; }
+
 #if WINNOW_SM90A
 
 // --- mbarrier (shared memory, 8 bytes) ---

@@ -47,8 +47,6 @@ struct GemvParams {
 // kMaxGemvK. Reads no device memory.
 absl::Status ValidateGemv(const GemvParams& params);
 
-// UNIMPLEMENTED also where the sm_90a kernel has no room for x beside its rings: 16 rows of some k
-// past 14336 (BF16 weights) or of any past 12288 (e4m3), 15 rows of k past 28672.
 // Enqueues on `stream`; never synchronizes or allocates. The kernel may start before the kernels
 // ahead of it in the stream have ended and reads `w` and `w_scale` at once (all else it reads and
 // writes after they have): nothing enqueued that may still run can be writing them.

@@ -24,8 +24,13 @@ inline constexpr int kGemvSharers = 2, kGemvShareBytes = 60000;  // see EnqueueG
 inline constexpr int kGemvScaleTiles = 8;                        // whose scales are under way
 template <bool kE4m3>
 inline constexpr int kGemvElements = kE4m3 ? kGemvChunk : kGemvChunk / 2;  // of a chunk
+// Tiles whose sums wait to be added up: e4m3 tiles take less time than that, BF16 rings the memory.
+template <bool kE4m3, int kTiles>
+inline constexpr int kGemvSumBuffers = kE4m3&& kTiles == 1 ? 2 : 1;
 template <int kTiles>
-inline constexpr int kGemvSumFloats = kGemvMathWarps * 8 * kTiles* kGemvSumStride;
+inline constexpr int kGemvBufferFloats = kGemvMathWarps * 8 * kTiles* kGemvSumStride;
+template <bool kE4m3, int kTiles>
+inline constexpr int kGemvSumFloats = kGemvSumBuffers<kE4m3, kTiles>* kGemvBufferFloats<kTiles>;
 template <bool kE4m3>
 __host__ __device__ constexpr int GemvFactorRows(int slices) {  // [16] floats each
   return kE4m3 ? slices * kGemvMathWarps : 0;
@@ -36,7 +41,7 @@ constexpr int GemvInboxBytes(int blocks) {
 
 struct GemvBarriers {
   uint64_t x_full[kMaxGemvK / kGemvXPiece];
-  uint64_t sums_full, sums_empty;
+  uint64_t sums_full[2], sums_empty[2];
   // Between a cluster's blocks: slot s of the inbox is full; block b's slot s may be filled.
   uint64_t inbox_full[2], inbox_free[kGemvMaxSlices][2];
 };
@@ -44,9 +49,10 @@ struct GemvBarriers {
 struct GemvArgs {
   GemvParams p;
   int num_tiles = 0, num_chunks = 0, num_slices = 0;
-  int cluster = 0;   // blocks that share a tile: num_slices or 1
-  int sharers = 0;   // blocks that copy x together, where cluster is 1
-  int x_stride = 0;  // bytes between rows of x in shared memory
+  int cluster = 0;                               // blocks that share a tile: num_slices or 1
+  int sharers = 0;                               // blocks that copy x together, where cluster is 1
+  int x_stride = 0;                              // bytes between rows of x in shared memory
+  int16_t slice_start[kGemvMaxSlices + 1] = {};  // in chunks
 };
 
 #if WINNOW_SM90A
@@ -144,7 +150,7 @@ struct GemvShare {
   int rank, first_tile, tile_step, first_slice, num_slices, first_chunk, num_chunks;
 };
 __device__ __forceinline__ int SliceStart(const GemvArgs& a, int slice) {
-  return slice * a.num_chunks / a.num_slices;
+  return a.slice_start[slice];
 }
 __device__ __forceinline__ GemvShare ShareOf(const GemvArgs& a) {
   const int block = static_cast<int>(blockIdx.x), rank = block % a.cluster;

@@ -32,6 +32,7 @@ __device__ __forceinline__ void ToHalf(const GemvArgs& a, uint8_t* x, int first_
                                        int warp, int lane, float* inverse) {
   constexpr int kMost = kGemvSlice / kGemvChunk;
   const int first = warp * kGemvWarpBytes + 8 * (lane % 16);
+#pragma unroll 1
   for (int rows = 0; rows < a.p.m; rows += 2 * kRows) {
     uint4 v[kRows][kMost];
     uint32_t top[kRows] = {};
@@ -129,11 +130,12 @@ __device__ __forceinline__ void PrepareX(const GemvArgs& a, const GemvShare& sha
   const int size = min(share.num_chunks * kElements, a.p.k - share.first_chunk * kElements);
   for (int i = 0; i * kGemvXPiece < size; ++i) ptx::BarrierWait(&barriers->x_full[i], 0);
   if constexpr (kE4m3) {
+#pragma unroll 1
     for (int v = 0; v < share.num_slices; ++v) {
       const int chunk = SliceStart(a, share.first_slice + v);
-      ToHalf<2 * kTiles>(a, x + 2 * (chunk - share.first_chunk) * kElements, chunk * kElements,
-                         SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
-                         inverse[v * kGemvMathWarps + warp]);
+      ToHalf<kTiles>(a, x + 2 * (chunk - share.first_chunk) * kElements, chunk * kElements,
+                     SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
+                     inverse[v * kGemvMathWarps + warp]);
     }
   }
 }
@@ -150,7 +152,8 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
   const int row_bytes = a.p.k * (kE4m3 ? 1 : 2) - share.first_chunk * kGemvChunk;
   const uint8_t* mine = ring + warp * kDepth * kWarpStage;
   WeightCopies<kE4m3> copies(a, share, warp, lane);
-#pragma unroll
+  // e4m3: what is done once is kept short, as a product of few bytes waits for its instructions.
+#pragma unroll(kE4m3 ? 1 : kDepth - 1)
   for (int i = 0; i < kDepth - 1; ++i) copies.Next(ptx::SharedAddress(mine + i * kWarpStage));
   if (a.cluster * a.sharers > 1) ClusterWaitAll();
   PrepareX<kE4m3, kTiles>(a, share, x, inverse, barriers, warp, lane);
@@ -188,8 +191,11 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
                                       start + at < row_bytes);
         }
       }
-      ptx::BarrierWait(&barriers->sums_empty, (i & 1) ^ 1);
-      float* out = sums_out + warp * 8 * kTiles * kGemvSumStride;
+      constexpr int kBuffers = kGemvSumBuffers<kE4m3, kTiles>;
+      const int buffer = i % kBuffers;
+      ptx::BarrierWait(&barriers->sums_empty[buffer], (i / kBuffers & 1) ^ 1);
+      float* out =
+          sums_out + buffer * kGemvBufferFloats<kTiles> + warp * 8 * kTiles * kGemvSumStride;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         float even = 1.0f, odd = 1.0f;
@@ -205,7 +211,7 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
         to[kGemvSumStride + 8] = sums[n][3] * odd;
       }
       __syncwarp();
-      if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&barriers->sums_full);
+      if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&barriers->sums_full[buffer]);
     }
   }
 }
@@ -258,6 +264,7 @@ class ScaleCopies {
   __device__ __forceinline__ ScaleCopies(const GemvParams& p, int tile, int step, int num_tiles,
                                          int lane, float* ring)
       : p_(p), step_(step), num_tiles_(num_tiles), lane_(lane), ring_(ring), tile_(tile) {
+#pragma unroll 1
     for (int i = 0; i < kGemvScaleTiles - 1; ++i) Copy();
   }
 
@@ -322,17 +329,20 @@ __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& 
     }
     float y[4] = {};
     for (int v = 0; v < share.num_slices; ++v, ++filled) {
-      ptx::BarrierWait(&barriers->sums_full, filled & 1);
+      constexpr int kBuffers = kGemvSumBuffers<kE4m3, kTiles>;
+      const int buffer = filled % kBuffers;
+      ptx::BarrierWait(&barriers->sums_full[buffer], filled / kBuffers & 1);
       float slice[4] = {};
       if (mine) {
-        const float* from = warp_sums + m * kGemvSumStride + 4 * quad;
+        const float* from =
+            warp_sums + buffer * kGemvBufferFloats<kTiles> + m * kGemvSumStride + 4 * quad;
 #pragma unroll
         for (int w = 0; w < kGemvMathWarps; ++w) {
           Add4(slice, *reinterpret_cast<const float4*>(from + w * 8 * kTiles * kGemvSumStride));
         }
       }
       __syncwarp();
-      if (ptx::ArrivesForWarp(e % 32)) ptx::BarrierArrive(&barriers->sums_empty);
+      if (ptx::ArrivesForWarp(e % 32)) ptx::BarrierArrive(&barriers->sums_empty[buffer]);
       Add4(y, make_float4(slice[0], slice[1], slice[2], slice[3]));
     }
     if (a.cluster > 1 && !GatherSums(a, share.rank, i, inbox, barriers, e, y)) continue;
@@ -352,13 +362,13 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
       16) float scale_rings[kE4m3 ? 2 * kGemvScaleTiles * device::kGemvTileRows : 1];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   asm volatile("griddepcontrol.launch_dependents;");
-  if (threadIdx.x == 0) {
-    for (uint64_t& barrier : barriers.x_full) ptx::BarrierInit(&barrier, 1);
-    ptx::BarrierInit(&barriers.sums_full, kGemvMathWarps * ptx::kWarpArrivals);
-    ptx::BarrierInit(&barriers.sums_empty, 2 * ptx::kWarpArrivals);
-    for (int i = 0; i < 2; ++i) {
-      ptx::BarrierInit(&barriers.inbox_full[i], 1);
-      for (auto& block : barriers.inbox_free) ptx::BarrierInit(&block[i], 1);
+  if (warp == 0) {
+    if (lane < kMaxGemvK / kGemvXPiece) ptx::BarrierInit(&barriers.x_full[lane], 1);
+    if (lane < 2 * kGemvMaxSlices) ptx::BarrierInit(&barriers.inbox_free[lane / 2][lane % 2], 1);
+    if (lane < 2) {
+      ptx::BarrierInit(&barriers.inbox_full[lane], 1);
+      ptx::BarrierInit(&barriers.sums_full[lane], kGemvMathWarps * ptx::kWarpArrivals);
+      ptx::BarrierInit(&barriers.sums_empty[lane], 2 * ptx::kWarpArrivals);
     }
     ptx::FenceBarrierInit();
   }
@@ -368,7 +378,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   const GemvShare share = ShareOf(args);
   uint8_t* x = ring + kDepth * kGemvStage;
   auto* sums = reinterpret_cast<float*>(x + args.p.m * args.x_stride);
-  auto* inverse = reinterpret_cast<float(*)[kMaxGemvRows]>(sums + kGemvSumFloats<kTiles>);
+  auto* inverse = reinterpret_cast<float(*)[kMaxGemvRows]>(sums + kGemvSumFloats<kE4m3, kTiles>);
   auto* inbox = reinterpret_cast<float4*>(inverse + GemvFactorRows<kE4m3>(share.num_slices));
   if (warp < kGemvMathWarps) {
     Multiply<kE4m3, kTiles, kDepth>(args, share, ring, x, sums, inverse, &barriers, warp, lane);
@@ -453,32 +463,36 @@ absl::Status EnqueueGemvSm90(const GemvParams& p, StreamHandle stream) {
   args.num_tiles = paired ? (p.n / 2 + 7) / 8 : (p.n + 15) / 16;
   args.num_chunks = (p.k + kElements - 1) / kElements;
   args.num_slices = (args.num_chunks + kMost - 1) / kMost;
+  for (int i = 0; i <= args.num_slices; ++i) {
+    args.slice_start[i] = static_cast<int16_t>(i * args.num_chunks / args.num_slices);
+  }
   int fixed = 0;
   for (const int cluster : {1, args.num_slices}) {
     args.cluster = cluster;
     const int chunks = (args.num_chunks + cluster - 1) / cluster;
     args.x_stride = 2 * chunks * kElements + (kE4m3 ? 16 : 64);
-    fixed = p.m * args.x_stride + 4 * kGemvSumFloats<kTiles> +
+    fixed = p.m * args.x_stride + 4 * kGemvSumFloats<kE4m3, kTiles> +
             64 * GemvFactorRows<kE4m3>(args.num_slices / cluster) + GemvInboxBytes(cluster);
     if (fixed + 5 * kGemvStage <= kGemvSharedBytes) break;
   }
   // A cluster waits for the slowest of its SMs to be free, so only a large x is worth it.
   const bool share_x = args.num_slices == 1 && p.m * args.x_stride >= kGemvShareBytes;
   args.sharers = share_x ? kGemvSharers : 1;
-  // e4m3: a longer ring only makes what comes behind it wait.
+  // e4m3: a longer ring only makes what comes behind it wait, and a short product for x.
+  const bool shortest = kE4m3 && kTiles == 1 && int64_t{p.n} * p.k <= int64_t{40} << 20;
+  const auto fits = [&](int stages) { return fixed + stages * kGemvStage <= kGemvSharedBytes; };
   if constexpr (!kE4m3) {
-    if (fixed + 12 * kGemvStage <= kGemvSharedBytes) {
+    if (fits(12)) {
       return EnqueueGemvKernel<kE4m3, kTiles, 12>(args, fixed + 12 * kGemvStage, stream);
     }
   }
-  if (fixed + 8 * kGemvStage <= kGemvSharedBytes) {
+  if (!shortest && fits(8)) {
     return EnqueueGemvKernel<kE4m3, kTiles, 8>(args, fixed + 8 * kGemvStage, stream);
   }
-  if (fixed + 5 * kGemvStage > kGemvSharedBytes) {
-    return absl::UnimplementedError(
-        absl::StrCat("gemv: x of m=", p.m, " k=", p.k, " leaves no room for the weights' ring"));
+  if (!shortest && fits(5)) {
+    return EnqueueGemvKernel<kE4m3, kTiles, 5>(args, fixed + 5 * kGemvStage, stream);
   }
-  return EnqueueGemvKernel<kE4m3, kTiles, 5>(args, fixed + 5 * kGemvStage, stream);
+  return EnqueueGemvKernel<kE4m3, kTiles, 4>(args, fixed + 4 * kGemvStage, stream);
 }
 
 }  // namespace winnow::kernels::internal

@@ -13,6 +13,8 @@ size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 size_t ScaleBytes(int m) { return RoundUp(static_cast<size_t>(m) * sizeof(float)); }
 size_t CodeBytes(int m, int k) { return RoundUp(static_cast<size_t>(m) * static_cast<size_t>(k)); }
 
+bool IsFew(int m, int k) { return m <= kMaxGemvRows && k <= kMaxGemvK; }
+
 absl::Status LaunchFew(const LinearParams& p, StreamHandle stream) {
   return LaunchGemv({.x = p.x,
                      .w = p.w,
@@ -32,7 +34,7 @@ absl::Status LaunchFew(const LinearParams& p, StreamHandle stream) {
 }  // namespace
 
 size_t LinearWorkspaceBytes(int m, int k, GemvWeights weights) {
-  if (m <= kMaxGemvRows) return 0;
+  if (IsFew(m, k)) return 0;
   return kMatmulWorkspaceBytes +
          (weights == GemvWeights::kE4m3 ? ScaleBytes(m) + CodeBytes(m, k) : 0);
 }
@@ -41,7 +43,7 @@ absl::Status LaunchLinear(const LinearParams& p, CublasLt* lt, StreamHandle stre
   if (p.accumulate && p.out_f32 == nullptr) {
     return absl::InvalidArgumentError("linear: accumulate adds to out_f32");
   }
-  if (p.m <= kMaxGemvRows) return LaunchFew(p, stream);
+  if (IsFew(p.m, p.k)) return LaunchFew(p, stream);
   if (p.k < 1) return absl::InvalidArgumentError(absl::StrCat("linear: k=", p.k));
   const size_t needed = LinearWorkspaceBytes(p.m, p.k, p.weights);
   if (p.workspace == nullptr || p.workspace_bytes < needed) {

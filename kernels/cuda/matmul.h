@@ -11,9 +11,9 @@
 
 // A linear layer's product by what suits its number of rows (gemm_gpu_bench times both):
 //   out[i, j] (+)= w_scale[j] * sum_k x[i, k] * w[j, k]
-// Up to kMaxGemvRows rows LaunchGemv: exact products, and a row has the same bits whatever the
-// batch. Past that cuBLASLt: by e4m3 weights, rows of x are first quantized to e4m3 with a scale
-// each (matmul_quantize.h says what is lost), and bits depend on m.
+// Up to kMaxGemvRows rows of k up to kMaxGemvK LaunchGemv: exact products, and a row has the same
+// bits whatever the batch. Past either cuBLASLt: by e4m3 weights, rows of x are first quantized to
+// e4m3 with a scale each (matmul_quantize.h says what is lost), and bits depend on m.
 namespace winnow::kernels {
 
 // All pointers are device pointers.
@@ -21,7 +21,7 @@ struct LinearParams {
   const Bf16* x = nullptr;         // [m, k], row stride ldx; 16-byte aligned
   const void* w = nullptr;         // [n, k] contiguous, of `weights`' type; 16-byte aligned
   const float* w_scale = nullptr;  // [n], with kE4m3 only
-  // Exactly one is set: [m, n], row stride ldo; past kMaxGemvRows as MatmulParams wants it.
+  // Exactly one is set: [m, n], row stride ldo; for cuBLASLt as MatmulParams wants it.
   float* out_f32 = nullptr;
   Bf16* out_bf16 = nullptr;
   void* workspace = nullptr;  // LinearWorkspaceBytes(), 256-byte aligned; as MatmulParams'
@@ -32,7 +32,7 @@ struct LinearParams {
   bool accumulate = false;  // out_f32 alone
 };
 
-// For up to `m` rows; none for kMaxGemvRows or fewer.
+// For up to `m` rows; none where LaunchGemv() does it.
 size_t LinearWorkspaceBytes(int m, int k, GemvWeights weights);
 
 // INVALID_ARGUMENT or UNIMPLEMENTED as LaunchGemv(), LaunchQuantizeRows() and CublasLt::Launch()

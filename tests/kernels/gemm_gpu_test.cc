@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "common/base/fp8.h"
 #include "kernels/cuda/gemv.h"
+#include "kernels/cuda/gemv_sm90.h"
 #include "tests/kernels/device_memory.h"
 
 namespace winnow::kernels {
@@ -274,6 +276,12 @@ std::vector<GemvCase> GemvCases() {
     add(2, 9511, 512);
     add(2, 9511, 8192);
     add(16, 1000, 12288);
+    // x leaves room for the shortest rings alone.
+    for (const int k : {14336, 17408, 18944, 25600, 28672, 29568, kMaxGemvK}) {
+      add(15, 21, k);
+      add(16, 50, k);
+    }
+    add(8, 200, 16384);
     for (const int m : {1, 7, 16}) {
       add(m, 2113, 576, GemvEpilogue::kAdd, false, 3, 1);
       add(m, 2 * 1063, 576, GemvEpilogue::kSiluMul, true, 1, 3);
@@ -293,7 +301,7 @@ std::vector<GemvCase> GemvCases() {
       for (const int k : {144, 4112, 8192, 12288}) add_exact(m, 37, k);
     }
     for (const int m : {1, 2, 8}) add_exact(m, 35, kMaxGemvK);
-    add_exact(15, 21, 28672);   // the largest k it has room for
+    add_exact(16, 21, kMaxGemvK);
     add_exact(2, 2129, 12288);  // more tiles than SMs
   }
   return cases;
@@ -301,6 +309,16 @@ std::vector<GemvCase> GemvCases() {
 
 INSTANTIATE_TEST_SUITE_P(All, GemvGpu, testing::ValuesIn(GemvCases()),
                          [](const auto& c) { return c.param.name; });
+
+// Without it every case above would run the portable kernel twice.
+TEST(GemvSm90, CodeIsThere) {
+  RequireGpu();
+  if (testing::Test::IsSkipped()) return;
+  int major = 0;
+  ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+  if (major != 9 || std::getenv("CUDA_FORCE_PTX_JIT") != nullptr) GTEST_SKIP();
+  EXPECT_TRUE(internal::HaveGemvSm90Code());
+}
 
 TEST(Gemv, RefusesWhatItCannotDo) {
   alignas(16) Bf16 x[64]{};

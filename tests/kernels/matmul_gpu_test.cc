@@ -333,17 +333,27 @@ std::vector<MatmulCase> MatmulCases() {
 INSTANTIATE_TEST_SUITE_P(All, MatmulGpuCases, testing::ValuesIn(MatmulCases()),
                          [](const auto& c) { return c.param.name; });
 
-// The same small integers on both sides of kMaxGemvRows, where e4m3 codes of x are exact too.
+// The same small integers on both sides of kMaxGemvRows and kMaxGemvK, where e4m3 codes of x are
+// exact too. Of a large k most of x is 0, so that sums stay small.
 TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
-  constexpr int kN = 208, kK = 272;
+  constexpr int kN = 208;
   std::mt19937 rng(5);
   for (const GemvWeights weights : {GemvWeights::kBf16, GemvWeights::kE4m3}) {
     const bool e4m3 = weights == GemvWeights::kE4m3;
-    for (const int m : {1, 16, 17, 100}) {
+    for (const auto [m, k] : std::initializer_list<std::pair<int, int>>{{1, 272},
+                                                                        {16, 272},
+                                                                        {17, 272},
+                                                                        {100, 272},
+                                                                        {1, kMaxGemvK + 16},
+                                                                        {16, kMaxGemvK + 16}}) {
+      const auto columns = static_cast<size_t>(k);
       const size_t size = static_cast<size_t>(m) * kN;
-      std::vector<Bf16> x(static_cast<size_t>(m) * kK);
-      for (Bf16& v : x) v = ToBf16(static_cast<float>(rng() % 3) - 1.0f);
-      std::vector<int> w(kN * kK);
+      std::vector<Bf16> x(static_cast<size_t>(m) * columns);
+      for (Bf16& v : x) {
+        const bool some = k <= kMaxGemvK || rng() % 128 == 0;
+        v = ToBf16(some ? static_cast<float>(rng() % 3) - 1.0f : 0.0f);
+      }
+      std::vector<int> w(kN * columns);
       std::vector<uint8_t> w_bytes(w.size() * (e4m3 ? 1 : 2));
       for (size_t i = 0; i < w.size(); ++i) {
         w[i] = static_cast<int>(rng() % 5) - 2;
@@ -358,7 +368,7 @@ TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
       for (float& v : scale) v = e4m3 ? 0.5f + static_cast<float>(rng() % 100) / 100.0f : 1.0f;
       for (float& v : old) v = static_cast<float>(rng() % 100);
       DeviceArray<Bf16> d_x(x);
-      DeviceArray<uint8_t> d_w(w_bytes), workspace(LinearWorkspaceBytes(m, kK, weights));
+      DeviceArray<uint8_t> d_w(w_bytes), workspace(LinearWorkspaceBytes(m, k, weights));
       DeviceArray<float> d_scale(scale), out(old);
       const LinearParams params{.x = d_x.get(),
                                 .w = d_w.get(),
@@ -368,8 +378,8 @@ TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
                                 .workspace_bytes = workspace.size(),
                                 .m = m,
                                 .n = kN,
-                                .k = kK,
-                                .ldx = kK,
+                                .k = k,
+                                .ldx = k,
                                 .ldo = kN,
                                 .weights = weights,
                                 .accumulate = true};
@@ -378,15 +388,15 @@ TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
       const std::vector<float> got = out.Get();
       for (size_t i = 0; i < size; ++i) {
         int sum = 0;
-        for (size_t k = 0; k < kK; ++k) {
-          sum += static_cast<int>(ToFloat(x[i / kN * kK + k])) * w[i % kN * kK + k];
+        for (size_t j = 0; j < columns; ++j) {
+          sum += static_cast<int>(ToFloat(x[i / kN * columns + j])) * w[i % kN * columns + j];
         }
         const double want = double{scale[i % kN]} * sum + old[i];
         // Scales and an addition in float.
         ASSERT_NEAR(got[i], want, (std::abs(want) + 2.0 * std::abs(sum)) * 0x1p-22)
-            << m << " rows, " << i;
+            << m << " rows of " << k << ", " << i;
       }
-      if (m > kMaxGemvRows) {
+      if (m > kMaxGemvRows || k > kMaxGemvK) {
         LinearParams less = params;
         --less.workspace_bytes;
         EXPECT_EQ(LaunchLinear(less, lt_.get(), nullptr).code(),

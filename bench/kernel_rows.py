@@ -1,10 +1,11 @@
 """Joins rows of the GPU benches with rows of their peers, and holds them against the bars.
 
 A bench's row has `case`, `ours_us` and either `limit_us` or the work that must be done, `flop` (or
-`flop_fp8`, on the tensor cores' FP8 rate) and `bytes`, and may time a `peer` itself; a peer's row has `case`, `peer`, `peer_us` and, where one
-measurement of ours stands against several peers, `ours_case`. A joined row has `ratio`, the number
-that the case's bar is about: the peer's time by ours, unless OWN_PEERS or RATIO_FIELDS names it.
-What nobody else is timed at has its limit as the peer.
+`flop_fp8`, on the tensor cores' FP8 rate) and `bytes`, and may time a `peer` itself; a peer's row
+has `case`, `peer`, `peer_us` and, where one measurement of ours stands against several peers,
+`ours_case`. A joined row has `ratio`, the number that the case's bar is about: the peer's time by
+ours, unless OWN_PEERS or RATIO_FIELDS names it. What nobody else is timed at has its limit as the
+peer.
 """
 import json
 import re

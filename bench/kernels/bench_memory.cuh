@@ -55,7 +55,7 @@ class DeviceBuffer {
   void* data_ = nullptr;
 };
 
-// Adds words [0, n) to *sum.
+// Adds words [0, n) to *sum. Unlike ReadStream()'s, its loads stay in the L2 cache.
 __global__ void __launch_bounds__(256) ReadWords(const uint4* in, int64_t n, uint32_t* sum) {
   uint32_t x = 0;
   for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < n; i += gridDim.x * int64_t{256}) {

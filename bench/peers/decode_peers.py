@@ -2,8 +2,8 @@
 """Times what the compact decode attention is measured against, on the same contexts: JSON lines.
 
 32 query and 8 KV heads. As in compact_decode_bench, a case is a CUDA graph of several layers with
-KV of their own, which the L2 cache does not hold when it begins; the median over replays, by the layer. Every
-peer's output is compared with attention in FP32 before its time is printed.
+KV of their own, which the L2 cache does not hold when it begins; the median over replays, by the
+layer. Every peer's output is compared with attention in FP32 before its time is printed.
 
   flashinfer  dense attention over an e4m3 cache of pages in random order: the best of its XQA and
               FA2 kernels, the latter with tensor cores and without; the host's plan is not timed

@@ -367,7 +367,7 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="try every tile of the Triton kernels")
     args = parser.parse_args()
     torch.manual_seed(0)
-    # As in dms_prefill_bench short ones first: the GPU lowers its clocks for a while after long ones.
+    # As in dms_prefill_bench short ones first: after long ones the GPU lowers its clocks a while.
     for name, dim, peer in itertools.product(
             args.lengths.split(","), map(int, args.dims.split(",")), args.peers.split(",")):
         try:

@@ -163,6 +163,13 @@ class ScriptTest(unittest.TestCase):
         self.assertIn("commit differs: ['abc', 'abd']", result.stderr)
         self.assertFalse((self.dir / "out.json").exists())
 
+    def test_a_part_without_a_head_is_named(self):
+        part = self.dir / "a.part"
+        part.write_text(json.dumps(ours("decode_bw", 10.0)) + "\n", encoding="utf-8")
+        result = self.run_script("--allow-missing", "--join", part)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("none of the parts has a head", result.stderr)
+
     def test_missing_cases_fail(self):
         self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0, limit_us=9.0)))
         self.assertEqual(self.run_script("--only", "compact_decode").returncode, 1)

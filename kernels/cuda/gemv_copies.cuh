@@ -22,18 +22,15 @@ inline constexpr int kGemvSumStride = 20;  // floats between rows of x in a warp
 inline constexpr int kGemvSharedBytes = 225 * 1024;              // dynamic, at most
 inline constexpr int kGemvSharers = 2, kGemvShareBytes = 60000;  // see EnqueueGemvSm90()
 inline constexpr int kGemvScaleTiles = 8;                        // whose scales are under way
-template <bool kE4m3>
-inline constexpr int kGemvElements = kE4m3 ? kGemvChunk : kGemvChunk / 2;  // of a chunk
-// Tiles whose sums wait to be added up: e4m3 tiles take less time than that, BF16 rings the memory.
-template <bool kE4m3, int kTiles>
-inline constexpr int kGemvSumBuffers = kE4m3&& kTiles == 1 ? 2 : 1;
+// Tiles whose sums wait to be added up: a tile of eight rows takes less time than that.
+template <int kTiles>
+inline constexpr int kGemvSumBuffers = kTiles == 1 ? 2 : 1;
 template <int kTiles>
 inline constexpr int kGemvBufferFloats = kGemvMathWarps * 8 * kTiles* kGemvSumStride;
-template <bool kE4m3, int kTiles>
-inline constexpr int kGemvSumFloats = kGemvSumBuffers<kE4m3, kTiles>* kGemvBufferFloats<kTiles>;
-template <bool kE4m3>
+template <int kTiles>
+inline constexpr int kGemvSumFloats = kGemvSumBuffers<kTiles>* kGemvBufferFloats<kTiles>;
 __host__ __device__ constexpr int GemvFactorRows(int slices) {  // [16] floats each
-  return kE4m3 ? slices * kGemvMathWarps : 0;
+  return slices * kGemvMathWarps;
 }
 constexpr int GemvInboxBytes(int blocks) {
   return blocks > 1 ? 2 * blocks * kMaxGemvRows * device::kGemvTileRows * 4 : 0;
@@ -62,6 +59,17 @@ __device__ __forceinline__ uint4 LoadShared(const uint8_t* p, bool inside) {
   return inside ? *reinterpret_cast<const uint4*>(p) : uint4{};
 }
 
+// Four matrices of 8 rows by 16 bytes: lane i has the address of row i % 8 of number i / 8, and
+// gets of each, in order, bytes 4 (i % 4) to 4 (i % 4) + 3 of row i / 4.
+__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint64_t ReadOncePolicy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -81,6 +89,11 @@ __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool in
                                           uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to),
                "l"(from), "r"(inside ? 16 : 0), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(inside ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void CopyAsync4(uint32_t to, const void* from, bool inside) {
@@ -171,7 +184,6 @@ __device__ __forceinline__ int StageAt(int row, int column) {
 }
 
 // A warp's copies, running ahead of the products: a lane has 16 bytes of every fourth row.
-template <bool kE4m3>
 class WeightCopies {
  public:
   __device__ __forceinline__ WeightCopies(const GemvArgs& a, const GemvShare& share, int warp,
@@ -180,7 +192,7 @@ class WeightCopies {
         share_(share),
         row_(lane / 8),
         start_(share.first_chunk * kGemvChunk + warp * kGemvWarpBytes + 16 * (lane % 8)),
-        row_bytes_(a.p.k * (kE4m3 ? 1 : 2)),
+        row_bytes_(a.p.k),
         even_(StageAt(row_, lane % 8)),
         odd_(StageAt(row_ + 4, lane % 8)),
         tile_(share.first_tile),
@@ -230,12 +242,10 @@ class WeightCopies {
   const uint64_t policy_;
 };
 
-template <bool kE4m3>
 __device__ __forceinline__ void LoadX(const GemvArgs& a, const GemvShare& share, uint8_t* x,
                                       GemvBarriers* barriers, int lane) {
-  constexpr int kElements = kGemvElements<kE4m3>;
-  const int first = share.first_chunk * kElements;
-  const int size = min(share.num_chunks * kElements, a.p.k - first);
+  const int first = share.first_chunk * kGemvChunk;
+  const int size = min(share.num_chunks * kGemvChunk, a.p.k - first);
   ptx::WaitForPredecessors();
   __syncwarp();
   for (int at = 0, i = 0; at < size; at += kGemvXPiece, ++i) {
@@ -250,6 +260,12 @@ __device__ __forceinline__ void LoadX(const GemvArgs& a, const GemvShare& share,
       BulkLoadAll(to, from, bytes, &barriers->x_full[i], a.sharers);
     }
   }
+}
+__device__ __forceinline__ void Add4(float (&sum)[4], const float4& v) {
+  sum[0] += v.x;
+  sum[1] += v.y;
+  sum[2] += v.z;
+  sum[3] += v.w;
 }
 #endif  // WINNOW_SM90A
 

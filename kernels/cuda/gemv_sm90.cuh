@@ -6,19 +6,20 @@
 #include <atomic>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/gemv_copies.cuh"
 #include "kernels/cuda/gemv_device.cuh"
+#include "kernels/cuda/gemv_launch.cuh"
 #include "kernels/cuda/gemv_sm90.h"
 #include "kernels/cuda/mma_sync.cuh"
 
-// A block an SM. Eight warps take an eighth of each kilobyte of a tile's rows, each through a ring
-// of its own that needs no barrier between warps. One warp copies x, two add the warps' sums up
-// and store. k is summed in at most eight slices of kGemvSlice. Where x fits in shared memory, a
-// block does all of them; else each is a block of a cluster, which keeps its part of x, and the
-// blocks' sums meet in the memory of one of them. The sum's order is the same either way.
+// The kernel for e4m3 weights. A block an SM. Eight warps take an eighth of each kilobyte of a
+// tile's rows, each through a ring of its own that needs no barrier between warps. One warp copies
+// x, two add the warps' sums up and store. k is summed in at most eight slices of kGemvSlice. Where
+// x fits in shared memory, a block does all of them; else each is a block of a cluster, which keeps
+// its part of x, and the blocks' sums meet in the memory of one of them. The sum's order is the
+// same either way.
 namespace winnow::kernels::internal {
 
 #if WINNOW_SM90A
@@ -90,73 +91,61 @@ __device__ __forceinline__ void ToHalf(const GemvArgs& a, uint8_t* x, int first_
 // Adds 16 rows of w, 64 bytes of each (32 BF16 or 64 e4m3), times x to `sums`. A lane has 16
 // bytes of rows lane / 4 and lane / 4 + 8, and of x the same k: which k a lane's registers hold
 // may be permuted as long as both operands agree.
-template <bool kE4m3, int kTiles>
+template <int kTiles>
 __device__ __forceinline__ void MultiplyStep(float (&sums)[kTiles][4], const uint4& lo,
                                              const uint4& hi, const uint8_t* const (&x)[kTiles],
                                              int at, bool inside) {
-  if constexpr (kE4m3) {
-    const uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
+  const uint32_t low[4] = {lo.x, lo.y, lo.z, lo.w}, high[4] = {hi.x, hi.y, hi.z, hi.w};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 a[2];
+  for (int half = 0; half < 2; ++half) {
+    uint4 a[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t l = low[2 * half + i], h = high[2 * half + i];
-        a[i] = make_uint4(device::E4m3PairToF16<0>(l), device::E4m3PairToF16<0>(h),
-                          device::E4m3PairToF16<1>(l), device::E4m3PairToF16<1>(h));
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint4 b = LoadShared(x[n] + at + 16 * half, inside);
-        device::MmaF16(sums[n], a[0], b.x, b.y);
-        device::MmaF16(sums[n], a[1], b.z, b.w);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t l = low[2 * half + i], h = high[2 * half + i];
+      a[i] = make_uint4(device::E4m3PairToF16<0>(l), device::E4m3PairToF16<0>(h),
+                        device::E4m3PairToF16<1>(l), device::E4m3PairToF16<1>(h));
     }
-  } else {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint4 b = LoadShared(x[n] + at, inside);
-      device::MmaBf16(sums[n], make_uint4(lo.x, hi.x, lo.y, hi.y), b.x, b.y);
-      device::MmaBf16(sums[n], make_uint4(lo.z, hi.z, lo.w, hi.w), b.z, b.w);
+      const uint4 b = LoadShared(x[n] + at + 16 * half, inside);
+      device::MmaF16(sums[n], a[0], b.x, b.y);
+      device::MmaF16(sums[n], a[1], b.z, b.w);
     }
   }
 }
 
-template <bool kE4m3, int kTiles>
+template <int kTiles>
 __device__ __forceinline__ void PrepareX(const GemvArgs& a, const GemvShare& share, uint8_t* x,
                                          float (*inverse)[kMaxGemvRows], GemvBarriers* barriers,
                                          int warp, int lane) {
-  constexpr int kElements = kGemvElements<kE4m3>;
-  const int size = min(share.num_chunks * kElements, a.p.k - share.first_chunk * kElements);
+  const int size = min(share.num_chunks * kGemvChunk, a.p.k - share.first_chunk * kGemvChunk);
   for (int i = 0; i * kGemvXPiece < size; ++i) ptx::BarrierWait(&barriers->x_full[i], 0);
-  if constexpr (kE4m3) {
 #pragma unroll 1
-    for (int v = 0; v < share.num_slices; ++v) {
-      const int chunk = SliceStart(a, share.first_slice + v);
-      ToHalf<kTiles>(a, x + 2 * (chunk - share.first_chunk) * kElements, chunk * kElements,
-                     SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
-                     inverse[v * kGemvMathWarps + warp]);
-    }
+  for (int v = 0; v < share.num_slices; ++v) {
+    const int chunk = SliceStart(a, share.first_slice + v);
+    ToHalf<kTiles>(a, x + 2 * (chunk - share.first_chunk) * kGemvChunk, chunk * kGemvChunk,
+                   SliceStart(a, share.first_slice + v + 1) - chunk, warp, lane,
+                   inverse[v * kGemvMathWarps + warp]);
   }
 }
 
-template <bool kE4m3, int kTiles, int kDepth>
+template <int kTiles, int kDepth>
 __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& share,
                                          const uint8_t* ring, uint8_t* x, float* sums_out,
                                          float (*inverse)[kMaxGemvRows], GemvBarriers* barriers,
                                          int warp, int lane) {
-  constexpr int kXBytes = kE4m3 ? 2 : 1;  // of x for a byte of w
+  constexpr int kXBytes = 2;  // of x for a byte of w
   constexpr int kWarpStage = kGemvStage / kGemvMathWarps;
   const int g = lane / 4, t = lane % 4;
   const int start = warp * kGemvWarpBytes + 16 * t;
-  const int row_bytes = a.p.k * (kE4m3 ? 1 : 2) - share.first_chunk * kGemvChunk;
+  const int row_bytes = a.p.k - share.first_chunk * kGemvChunk;
   const uint8_t* mine = ring + warp * kDepth * kWarpStage;
-  WeightCopies<kE4m3> copies(a, share, warp, lane);
-  // e4m3: what is done once is kept short, as a product of few bytes waits for its instructions.
-#pragma unroll(kE4m3 ? 1 : kDepth - 1)
+  WeightCopies copies(a, share, warp, lane);
+  // What is done once is kept short, as a product of few bytes waits for its instructions.
+#pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) copies.Next(ptx::SharedAddress(mine + i * kWarpStage));
   if (a.cluster * a.sharers > 1) ClusterWaitAll();
-  PrepareX<kE4m3, kTiles>(a, share, x, inverse, barriers, warp, lane);
+  PrepareX<kTiles>(a, share, x, inverse, barriers, warp, lane);
   // Columns past m repeat the last: nobody reads them, and no memory need be cleared.
   const uint8_t* x_row[kTiles];
 #pragma unroll
@@ -187,23 +176,19 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
 #pragma unroll
         for (int step = 0; step < kGemvSteps; ++step) {
           const int at = c * kGemvChunk + 64 * step;
-          MultiplyStep<kE4m3, kTiles>(sums, lo[step], hi[step], x_row, kXBytes * at,
-                                      start + at < row_bytes);
+          MultiplyStep<kTiles>(sums, lo[step], hi[step], x_row, kXBytes * at,
+                               start + at < row_bytes);
         }
       }
-      constexpr int kBuffers = kGemvSumBuffers<kE4m3, kTiles>;
+      constexpr int kBuffers = kGemvSumBuffers<kTiles>;
       const int buffer = i % kBuffers;
       ptx::BarrierWait(&barriers->sums_empty[buffer], (i / kBuffers & 1) ^ 1);
       float* out =
           sums_out + buffer * kGemvBufferFloats<kTiles> + warp * 8 * kTiles * kGemvSumStride;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        float even = 1.0f, odd = 1.0f;
-        if constexpr (kE4m3) {
-          const float* factors = inverse[v * kGemvMathWarps + warp] + 8 * n + 2 * t;
-          even = factors[0];
-          odd = factors[1];
-        }
+        const float* factors = inverse[v * kGemvMathWarps + warp] + 8 * n + 2 * t;
+        const float even = factors[0], odd = factors[1];
         float* to = out + (8 * n + 2 * t) * kGemvSumStride + g;
         to[0] = sums[n][0] * even;
         to[kGemvSumStride] = sums[n][1] * odd;
@@ -214,13 +199,6 @@ __device__ __forceinline__ void Multiply(const GemvArgs& a, const GemvShare& sha
       if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&barriers->sums_full[buffer]);
     }
   }
-}
-
-__device__ __forceinline__ void Add4(float (&sum)[4], const float4& v) {
-  sum[0] += v.x;
-  sum[1] += v.y;
-  sum[2] += v.z;
-  sum[3] += v.w;
 }
 
 // The sums of the cluster's blocks for tile number `i` of theirs: true in the block that owns
@@ -303,13 +281,13 @@ class ScaleCopies {
 
 // Adds up the warps' sums of a tile, then the slices', and stores. Thread `e` of two warps has
 // four rows of w (quad e % 4) for row e / 4 of x.
-template <bool kE4m3, int kTiles>
+template <int kTiles>
 __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& share,
                                             const float* warp_sums, float* scale_rings,
                                             float4* inbox, GemvBarriers* barriers, int e) {
   const int m = e / 4, quad = e % 4;
   const bool mine = m < a.p.m;  // then m < 8 * kTiles
-  ScaleCopies scales(a.p, share.first_tile, share.tile_step, kE4m3 ? a.num_tiles : 0, e % 32,
+  ScaleCopies scales(a.p, share.first_tile, share.tile_step, a.num_tiles, e % 32,
                      scale_rings + e / 32 * kGemvScaleTiles * device::kGemvTileRows);
   if (a.cluster * a.sharers > 1) ClusterWaitAll();
   ptx::WaitForPredecessors();
@@ -322,14 +300,10 @@ __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& 
     if (mine && after < a.num_tiles && (i + 1) % a.cluster == share.rank) {
       device::LoadOld(a.p, after, m, quad, &next);
     }
-    if constexpr (kE4m3) {
-      scales.Next(quad, extra.scale);
-    } else {
-      for (float& scale : extra.scale) scale = 1.0f;
-    }
+    scales.Next(quad, extra.scale);
     float y[4] = {};
     for (int v = 0; v < share.num_slices; ++v, ++filled) {
-      constexpr int kBuffers = kGemvSumBuffers<kE4m3, kTiles>;
+      constexpr int kBuffers = kGemvSumBuffers<kTiles>;
       const int buffer = filled % kBuffers;
       ptx::BarrierWait(&barriers->sums_full[buffer], filled / kBuffers & 1);
       float slice[4] = {};
@@ -352,14 +326,13 @@ __device__ __forceinline__ void FinishTiles(const GemvArgs& a, const GemvShare& 
 #endif  // WINNOW_SM90A
 
 // Dynamic shared memory: the ring | x | the warps' sums | factors of ToHalf() | the inbox.
-template <bool kE4m3, int kTiles, int kDepth>
+template <int kTiles, int kDepth>
 __global__ void __launch_bounds__(kGemvThreads, 1)
     GemvSm90Kernel(const __grid_constant__ GemvArgs args) {
 #if WINNOW_SM90A
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ GemvBarriers barriers;
-  __shared__ __align__(
-      16) float scale_rings[kE4m3 ? 2 * kGemvScaleTiles * device::kGemvTileRows : 1];
+  __shared__ __align__(16) float scale_rings[2 * kGemvScaleTiles * device::kGemvTileRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   asm volatile("griddepcontrol.launch_dependents;");
   if (warp == 0) {
@@ -378,16 +351,16 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
   const GemvShare share = ShareOf(args);
   uint8_t* x = ring + kDepth * kGemvStage;
   auto* sums = reinterpret_cast<float*>(x + args.p.m * args.x_stride);
-  auto* inverse = reinterpret_cast<float(*)[kMaxGemvRows]>(sums + kGemvSumFloats<kE4m3, kTiles>);
-  auto* inbox = reinterpret_cast<float4*>(inverse + GemvFactorRows<kE4m3>(share.num_slices));
+  auto* inverse = reinterpret_cast<float(*)[kMaxGemvRows]>(sums + kGemvSumFloats<kTiles>);
+  auto* inbox = reinterpret_cast<float4*>(inverse + GemvFactorRows(share.num_slices));
   if (warp < kGemvMathWarps) {
-    Multiply<kE4m3, kTiles, kDepth>(args, share, ring, x, sums, inverse, &barriers, warp, lane);
+    Multiply<kTiles, kDepth>(args, share, ring, x, sums, inverse, &barriers, warp, lane);
   } else if (warp == kGemvMathWarps) {
     if (args.cluster * args.sharers > 1) ClusterWaitAll();
-    LoadX<kE4m3>(args, share, x, &barriers, lane);
+    LoadX(args, share, x, &barriers, lane);
   } else {
-    FinishTiles<kE4m3, kTiles>(args, share, sums, scale_rings, inbox, &barriers,
-                               (warp - kGemvMathWarps - 1) * 32 + lane);
+    FinishTiles<kTiles>(args, share, sums, scale_rings, inbox, &barriers,
+                        (warp - kGemvMathWarps - 1) * 32 + lane);
   }
   // Nor after it has ended. x has come, since the products have been done.
   __syncwarp();
@@ -398,34 +371,7 @@ __global__ void __launch_bounds__(kGemvThreads, 1)
 #endif
 }
 
-inline constexpr int kGemvDevices = 16;  // beyond, nothing is remembered
-
-// As many clusters of `blocks` blocks as the current device runs at once, an SM a block.
-// `known` is that device's, and its first use prepares the kernel there.
-template <typename Kernel>
-absl::StatusOr<int> GemvClusters(Kernel* kernel, const cudaLaunchConfig_t& config, int blocks,
-                                 int device, std::atomic<int>* known) {
-  int clusters = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
-  if (clusters > 0) return clusters;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGemvSharedBytes)));
-  if (blocks == 1) {
-    WINNOW_RETURN_IF_ERROR(
-        CudaStatus(cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device)));
-  } else {
-    // As if it took a whole SM's memory.
-    cudaLaunchConfig_t alone = config;
-    alone.dynamicSmemBytes = kGemvSharedBytes;
-    WINNOW_RETURN_IF_ERROR(CudaStatus(cudaOccupancyMaxActiveClusters(&clusters, kernel, &alone)));
-  }
-  if (clusters < 1) {
-    return absl::InternalError(absl::StrCat("gemv: no cluster of ", blocks, " blocks fits"));
-  }
-  if (known != nullptr) known->store(clusters, std::memory_order_relaxed);
-  return clusters;
-}
-
-template <bool kE4m3, int kTiles, int kDepth>
+template <int kTiles, int kDepth>
 absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHandle stream) {
   static std::atomic<int> known[kGemvDevices][kGemvMaxSlices + 1];
   int device = 0;
@@ -444,7 +390,7 @@ absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHan
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = blocks > 1 ? 2 : 1;
-  const auto kernel = GemvSm90Kernel<kE4m3, kTiles, kDepth>;
+  const auto kernel = GemvSm90Kernel<kTiles, kDepth>;
   WINNOW_ASSIGN_OR_RETURN(const int clusters,
                           GemvClusters(kernel, config, blocks, device,
                                        device < kGemvDevices ? &known[device][blocks] : nullptr));
@@ -454,14 +400,13 @@ absl::Status EnqueueGemvKernel(const GemvArgs& args, int shared_bytes, StreamHan
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, args));
 }
 
-template <bool kE4m3, int kTiles>
+template <int kTiles>
 absl::Status EnqueueGemvSm90(const GemvParams& p, StreamHandle stream) {
-  constexpr int kElements = kGemvElements<kE4m3>;
-  constexpr int kMost = kGemvSlice / kElements;  // chunks of a slice
+  constexpr int kMost = kGemvSlice / kGemvChunk;  // chunks of a slice
   GemvArgs args{.p = p};
   const bool paired = p.epilogue == GemvEpilogue::kSiluMul;
   args.num_tiles = paired ? (p.n / 2 + 7) / 8 : (p.n + 15) / 16;
-  args.num_chunks = (p.k + kElements - 1) / kElements;
+  args.num_chunks = (p.k + kGemvChunk - 1) / kGemvChunk;
   args.num_slices = (args.num_chunks + kMost - 1) / kMost;
   for (int i = 0; i <= args.num_slices; ++i) {
     args.slice_start[i] = static_cast<int16_t>(i * args.num_chunks / args.num_slices);
@@ -470,29 +415,24 @@ absl::Status EnqueueGemvSm90(const GemvParams& p, StreamHandle stream) {
   for (const int cluster : {1, args.num_slices}) {
     args.cluster = cluster;
     const int chunks = (args.num_chunks + cluster - 1) / cluster;
-    args.x_stride = 2 * chunks * kElements + (kE4m3 ? 16 : 64);
-    fixed = p.m * args.x_stride + 4 * kGemvSumFloats<kE4m3, kTiles> +
-            64 * GemvFactorRows<kE4m3>(args.num_slices / cluster) + GemvInboxBytes(cluster);
+    args.x_stride = 2 * chunks * kGemvChunk + 16;
+    fixed = p.m * args.x_stride + 4 * kGemvSumFloats<kTiles> +
+            64 * GemvFactorRows(args.num_slices / cluster) + GemvInboxBytes(cluster);
     if (fixed + 5 * kGemvStage <= kGemvSharedBytes) break;
   }
   // A cluster waits for the slowest of its SMs to be free, so only a large x is worth it.
   const bool share_x = args.num_slices == 1 && p.m * args.x_stride >= kGemvShareBytes;
   args.sharers = share_x ? kGemvSharers : 1;
-  // e4m3: a longer ring only makes what comes behind it wait, and a short product for x.
-  const bool shortest = kE4m3 && kTiles == 1 && int64_t{p.n} * p.k <= int64_t{40} << 20;
+  // A longer ring only makes what comes behind it wait, and a short product for x.
+  const bool shortest = kTiles == 1 && int64_t{p.n} * p.k <= int64_t{40} << 20;
   const auto fits = [&](int stages) { return fixed + stages * kGemvStage <= kGemvSharedBytes; };
-  if constexpr (!kE4m3) {
-    if (fits(12)) {
-      return EnqueueGemvKernel<kE4m3, kTiles, 12>(args, fixed + 12 * kGemvStage, stream);
-    }
-  }
   if (!shortest && fits(8)) {
-    return EnqueueGemvKernel<kE4m3, kTiles, 8>(args, fixed + 8 * kGemvStage, stream);
+    return EnqueueGemvKernel<kTiles, 8>(args, fixed + 8 * kGemvStage, stream);
   }
   if (!shortest && fits(5)) {
-    return EnqueueGemvKernel<kE4m3, kTiles, 5>(args, fixed + 5 * kGemvStage, stream);
+    return EnqueueGemvKernel<kTiles, 5>(args, fixed + 5 * kGemvStage, stream);
   }
-  return EnqueueGemvKernel<kE4m3, kTiles, 4>(args, fixed + 4 * kGemvStage, stream);
+  return EnqueueGemvKernel<kTiles, 4>(args, fixed + 4 * kGemvStage, stream);
 }
 
 }  // namespace winnow::kernels::internal

@@ -15,8 +15,11 @@ namespace {
 absl::Status CheckShape(const char* op, bool pointers, std::initializer_list<int> dims,
                         size_t row_bytes) {
   if (!pointers) return absl::InvalidArgumentError(absl::StrCat(op, ": a pointer is null"));
+  constexpr int kMost = 1 << 30;  // kernels step through dimensions in 32 bits
   for (const int dim : dims) {
-    if (dim < 0) return absl::InvalidArgumentError(absl::StrCat(op, ": dimension ", dim));
+    if (dim < 0 || dim > kMost) {
+      return absl::InvalidArgumentError(absl::StrCat(op, ": dimension ", dim));
+    }
   }
   if (row_bytes == 0) return absl::InvalidArgumentError(absl::StrCat(op, ": row_bytes=0"));
   return absl::OkStatus();

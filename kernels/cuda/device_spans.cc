@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <iterator>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
@@ -26,6 +27,16 @@ absl::Status ValidateDeviceSpans(const char* op, const DeviceSpans& spans) {
         op, ": spans of window=", spans.window, " shift=", spans.shift,
         " num_layers=", spans.num_layers, " max_sequences=", spans.max_sequences,
         " num_kv_heads=", spans.num_kv_heads, " max_survivor_pages=", spans.max_survivor_pages));
+  }
+  // Spans, and a span's tokens, are counted in 32 bits.
+  constexpr int64_t kMostSpans = std::numeric_limits<int32_t>::max(), kMostTokens = 1 << 30;
+  if (int64_t{spans.num_layers} * spans.max_sequences > kMostSpans / spans.num_kv_heads ||
+      int64_t{spans.max_survivor_pages} * spans.slots_per_page() > kMostTokens ||
+      spans.window > kMostTokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(op, ": too many spans or tokens: num_layers=", spans.num_layers,
+                     " max_sequences=", spans.max_sequences, " num_kv_heads=", spans.num_kv_heads,
+                     " max_survivor_pages=", spans.max_survivor_pages, " window=", spans.window));
   }
   if (spans.pages == nullptr || spans.state == nullptr || spans.survivor_pages == nullptr ||
       spans.newest == nullptr ||

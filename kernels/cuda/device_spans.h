@@ -49,8 +49,8 @@ struct DeviceSpans {
 };
 
 // INVALID_ARGUMENT, in the name of `op`, for a format, shape, null pointer or alignment that is not
-// as above; UNIMPLEMENTED for a head_dim that the format has no tokens of. What lies in device
-// memory is not looked at.
+// as above, for 2^31 spans or more, or a window or a table of more than 2^30 tokens; UNIMPLEMENTED
+// for a head_dim that the format has no tokens of. What lies in device memory is not looked at.
 absl::Status ValidateDeviceSpans(const char* op, const DeviceSpans& spans);
 
 }  // namespace winnow::kernels

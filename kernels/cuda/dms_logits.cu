@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(kFewThreads) FewLogitsKernel(const DmsLogitsCu
 }  // namespace
 
 absl::Status ValidateDmsLogitsCuda(const DmsLogitsCudaParams& p) {
-  if (p.m < 0 || p.hidden < 1 || p.num_kv_heads < 1 || p.num_kv_heads > 65535 ||
-      p.x_stride < p.hidden) {
+  constexpr int kMost = 1 << 30;  // both are stepped through in 32 bits
+  if (p.m < 0 || p.m > kMost || p.hidden < 1 || p.hidden > kMost || p.num_kv_heads < 1 ||
+      p.num_kv_heads > 65535 || p.x_stride < p.hidden) {
     return absl::InvalidArgumentError(absl::StrCat("dms_logits: m=", p.m, " hidden=", p.hidden,
                                                    " num_kv_heads=", p.num_kv_heads,
                                                    " x_stride=", p.x_stride));

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/cuda/head_vector.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -22,7 +23,8 @@ using internal::Quarter;
 
 constexpr int kPairs = 32;  // (token, KV head) pairs of a block
 constexpr int kMaxGroup = 16;
-constexpr int kStoreWarps = 4;  // two for K, two for V, which cost more than queries
+constexpr int kStoreWarps = 4;      // two for K, two for V, which cost more than queries
+constexpr int kSumFloats = 4 * 32;  // of such a warp: partial sums of a quantization's error
 constexpr unsigned kAll = 0xffffffffu;
 
 // A tile is kPairs vectors, read, worked on and written in place. Eight vectors in a row meet
@@ -240,7 +242,7 @@ __global__ void __maxnreg__(kDim == 64 ? 56 : 80)
   using R = Row<kK, kV, kDim>;
   using T = Tile<kDim>;
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ alignas(16) float sums[kStoreWarps][4 * 32];
+  __shared__ alignas(16) float sums[kStoreWarps][kSumFloats];
   const DmsPrefillBatch& b = p.batch;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
@@ -278,15 +280,23 @@ __global__ void __maxnreg__(kDim == 64 ? 56 : 80)
   }
 }
 
+// Dynamic shared memory, where a flat row has `row_bytes`.
+template <int kDim>
+int DynamicBytes(int group, int row_bytes) {
+  constexpr int kTile = static_cast<int>(Tile<kDim>::kBytes);
+  return std::max(group * kTile, 2 * kTile + kPairs * row_bytes);
+}
+
 template <KvElement kK, KvElement kV, int kDim, bool kRotated = false>
 absl::Status Enqueue(const DmsPrepareParams& p, cudaStream_t stream) {
   const DmsPrefillBatch& b = p.batch;
   const int64_t pairs = int64_t{b.max_band} * b.num_kv_heads;
   const dim3 grid(2 * static_cast<unsigned>((pairs + kPairs - 1) / kPairs),
                   static_cast<unsigned>(b.batch));
-  constexpr int kTile = static_cast<int>(Tile<kDim>::kBytes);
   const unsigned threads = 32 * static_cast<unsigned>(std::max(b.group, kStoreWarps));
-  const int bytes = std::max(b.group * kTile, 2 * kTile + kPairs * Row<kK, kV, kDim>::kBytes);
+  const int bytes = DynamicBytes<kDim>(b.group, Row<kK, kV, kDim>::kBytes);
+  WINNOW_ASSIGN_OR_RETURN(const int limit, SharedBytesLimit());
+  WINNOW_RETURN_IF_ERROR(CheckDmsPrepareSharedBytes(p, limit));
   const auto kernel = PrepareKernel<kK, kV, kDim, kRotated>;
   WINNOW_RETURN_IF_ERROR(
       CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)));
@@ -363,6 +373,15 @@ absl::Status ValidateDmsPrepare(const DmsPrepareParams& p) {
     return absl::InvalidArgumentError("dms_prepare: q_out is q with another stride");
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckDmsPrepareSharedBytes(const DmsPrepareParams& p, int64_t limit) {
+  const int group = p.batch.group, dim = p.batch.head_dim;
+  const int row_bytes = static_cast<int>(TokenBytes(p.format, dim));
+  const int bytes =
+      dim == 64 ? DynamicBytes<64>(group, row_bytes) : DynamicBytes<128>(group, row_bytes);
+  constexpr int kStaticBytes = sizeof(float) * kStoreWarps * kSumFloats;
+  return CheckSharedBytes("dms_prepare", "group", group, bytes + kStaticBytes, limit);
 }
 
 absl::Status LaunchDmsPrepare(const DmsPrepareParams& params, StreamHandle stream) {

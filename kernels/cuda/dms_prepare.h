@@ -42,6 +42,10 @@ struct DmsPrepareParams {
 // a group of more than 16. What lies in device memory is not looked at: REQUIRES that
 // positions are rows of the tables.
 absl::Status ValidateDmsPrepare(const DmsPrepareParams& params);
+// UNIMPLEMENTED if `limit` bytes of shared memory a block do not hold the queries of a group and
+// the rows of the format: sm_80's hold all, sm_89's 11 heads of 128. REQUIRES valid params.
+absl::Status CheckDmsPrepareSharedBytes(const DmsPrepareParams& params, int64_t limit);
+// As both say, with the limit of the current device.
 absl::Status LaunchDmsPrepare(const DmsPrepareParams& params, StreamHandle stream);
 
 }  // namespace winnow::kernels

@@ -41,7 +41,8 @@ absl::Status ValidateEmbeddingCuda(const EmbeddingCudaParams& p) {
   if (p.table == nullptr || p.tokens == nullptr || p.out == nullptr) {
     return absl::InvalidArgumentError("embedding: table, tokens or out is null");
   }
-  if (p.num_tokens < 0 || p.vocab < 1 || p.hidden < 1) {
+  constexpr int kMost = 1 << 30;  // both are stepped through in 32 bits
+  if (p.num_tokens < 0 || p.num_tokens > kMost || p.vocab < 1 || p.hidden < 1 || p.hidden > kMost) {
     return absl::InvalidArgumentError(absl::StrCat("embedding: bad shape num_tokens=", p.num_tokens,
                                                    " vocab=", p.vocab, " hidden=", p.hidden));
   }

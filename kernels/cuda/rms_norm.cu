@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.h"
@@ -130,6 +131,11 @@ absl::Status ValidateRmsNormCuda(const RmsNormCudaParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status CheckRmsNormSharedBytes(int n, int64_t limit) {
+  constexpr int64_t kStaticBytes = 16;  // at most
+  return CheckSharedBytes("rms_norm", "n", n, int64_t{n} * sizeof(float) + kStaticBytes, limit);
+}
+
 absl::Status LaunchRmsNorm(const RmsNormCudaParams& p, StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateRmsNormCuda(p));
   if (p.m == 0) return absl::OkStatus();
@@ -141,6 +147,8 @@ absl::Status LaunchRmsNorm(const RmsNormCudaParams& p, StreamHandle stream) {
                            : (many ? RmsNormKernel<1, true> : RmsNormKernel<1, false>);
   const size_t shared_bytes = static_cast<size_t>(p.n) * sizeof(float);
   if (shared_bytes > 40 << 10) {  // with the static ones, 48 KB is what needs no asking
+    WINNOW_ASSIGN_OR_RETURN(const int limit, SharedBytesLimit());
+    WINNOW_RETURN_IF_ERROR(CheckRmsNormSharedBytes(p.n, limit));
     WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))));
   }

@@ -30,6 +30,10 @@ struct RmsNormCudaParams {
 
 // INVALID_ARGUMENT for a null input, no output, two summands or a bad shape.
 absl::Status ValidateRmsNormCuda(const RmsNormCudaParams& params);
+// UNIMPLEMENTED if `limit` bytes of shared memory a block do not hold a row of n columns: sm_80's
+// hold them all, sm_89's 25,340.
+absl::Status CheckRmsNormSharedBytes(int n, int64_t limit);
+// As both say, with the limit of the current device.
 absl::Status LaunchRmsNorm(const RmsNormCudaParams& params, StreamHandle stream);
 
 }  // namespace winnow::kernels

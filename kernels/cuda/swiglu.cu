@@ -64,7 +64,9 @@ absl::Status ValidateSwiGluCuda(const SwiGluCudaParams& p) {
   if (p.out_bf16 == nullptr && p.out_f32 == nullptr) {
     return absl::InvalidArgumentError("swiglu: no output is set");
   }
-  if (p.m < 0 || p.intermediate < 1 || p.ldx < 2 * int64_t{p.intermediate}) {
+  constexpr int kMost = 1 << 30;  // columns are stepped through in 32 bits
+  if (p.m < 0 || p.intermediate < 1 || p.intermediate > kMost ||
+      p.ldx < 2 * int64_t{p.intermediate}) {
     return absl::InvalidArgumentError(absl::StrCat(
         "swiglu: bad shape m=", p.m, " intermediate=", p.intermediate, " ldx=", p.ldx));
   }

@@ -202,6 +202,12 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](auto& p) { p.q = p.q + 1; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.out_f32 = p.out_f32 + 2; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.plan.arrivals = nullptr; }), invalid);
+  const auto rows = [&](int num_seqs) {
+    return ValidateDecodePlan(
+        {.spans = good.spans, .slots = ints, .num_seqs = num_seqs, .plan = good.plan});
+  };
+  EXPECT_EQ(rows((1 << 23) + 1).code(), invalid);
+  EXPECT_TRUE(rows(1 << 23).ok()) << rows(1 << 23);
 }
 }  // namespace
 }  // namespace winnow::kernels

@@ -66,6 +66,15 @@ TEST_F(DeviceSpansTest, ABadFieldIsNamed) {
   refused([](auto& s) { s.max_sequences = 0; }, "max_sequences=0");
   refused([](auto& s) { s.num_kv_heads = 0; }, "num_kv_heads=0");
   refused([](auto& s) { s.max_survivor_pages = 6; }, "max_survivor_pages=6");
+  refused([](auto& s) { s.window = (1 << 30) + 1; }, "window=1073741825");
+  refused([](auto& s) { s.max_survivor_pages = 1 << 28; }, "max_survivor_pages=268435456");
+  refused(
+      [](auto& s) { s.num_layers = 1 << 11, s.max_sequences = 1 << 10, s.num_kv_heads = 1 << 10; },
+      "num_layers=2048");
+  EXPECT_EQ(With([](auto& s) {
+              s.num_layers = (1 << 11) - 1, s.max_sequences = 1 << 10, s.num_kv_heads = 1 << 10;
+            }),
+            absl::OkStatus());
 }
 
 TEST_F(DeviceSpansTest, NullAndMisalignedArraysAreRefused) {

@@ -80,6 +80,7 @@ TEST(DmsLogitsParams, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](auto& p) { p.hidden = 0; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.x_stride = 3; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.m = -1; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.m = (1 << 30) + 1; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.weight = nullptr; }), invalid);
 }
 

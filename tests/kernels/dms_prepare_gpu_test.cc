@@ -373,6 +373,18 @@ TEST(DmsPrepareParams, RefusesWhatItCannotDo) {
   DmsPrepareParams empty = good;
   empty.batch.max_band = 0;
   EXPECT_TRUE(LaunchDmsPrepare(empty, nullptr).ok()) << LaunchDmsPrepare(empty, nullptr);
+
+  // sm_89 gives a block 101,376 bytes, sm_80 166,912.
+  DmsPrepareParams wide = good;
+  wide.batch.head_dim = 128;
+  wide.batch.group = 11;
+  EXPECT_TRUE(CheckDmsPrepareSharedBytes(wide, 101376).ok());
+  wide.batch.group = 12;
+  EXPECT_EQ(CheckDmsPrepareSharedBytes(wide, 101376),
+            absl::UnimplementedError("dms_prepare: group=12 needs 108032 bytes of shared memory a "
+                                     "block, and the device has 101376"));
+  wide.batch.group = 16;
+  EXPECT_TRUE(CheckDmsPrepareSharedBytes(wide, 166912).ok());
 }
 
 std::vector<PrepareCase> Cases() {

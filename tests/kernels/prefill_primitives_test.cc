@@ -56,6 +56,8 @@ TEST(LeftPad2d, BadParams) {
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(LeftPad2dCpu({in.data(), lens.data(), out.data(), 1, 2, 0}).code(),
             absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ValidateLeftPad2d({in.data(), lens.data(), out.data(), 1, (1 << 30) + 1, 4}).code(),
+            absl::StatusCode::kInvalidArgument);
 #if !defined(WINNOW_HAVE_CUDA)
   EXPECT_EQ(LaunchLeftPad2d({in.data(), lens.data(), out.data(), 1, 2, 4}, nullptr).code(),
             absl::StatusCode::kUnimplemented);

@@ -296,6 +296,30 @@ TEST(TokenOpsParams, BadOnesAreRefused) {
   bad(LaunchSwiGlu({.x_f32 = f, .x_bf16 = h, .out_f32 = f, .m = 1, .intermediate = 1, .ldx = 2},
                    nullptr));
   bad(LaunchSwiGlu({.x_f32 = f, .out_f32 = f, .m = 1, .intermediate = 1, .ldx = 1}, nullptr));
+  // Counts that 32 bits hold, but not with a step more.
+  constexpr int kTooMany = (1 << 30) + 1;
+  const auto swiglu = [&](int n) {
+    return ValidateSwiGluCuda(
+        {.x_f32 = f, .out_f32 = f, .m = 1, .intermediate = n, .ldx = 2 * int64_t{n}});
+  };
+  bad(swiglu(kTooMany));
+  EXPECT_TRUE(swiglu(kTooMany - 1).ok());
+  const auto embedding = [&](int tokens, int hidden) {
+    return ValidateEmbeddingCuda(
+        {.table = h, .tokens = &id, .out = f, .num_tokens = tokens, .vocab = 1, .hidden = hidden});
+  };
+  bad(embedding(kTooMany, 1));
+  bad(embedding(1, kTooMany));
+  EXPECT_TRUE(embedding(kTooMany - 1, kTooMany - 1).ok());
+}
+
+// sm_89 gives a block 101,376 bytes; needs no device.
+TEST(TokenOpsParams, RmsNormSaysWhatDoesNotFit) {
+  EXPECT_TRUE(CheckRmsNormSharedBytes(25340, 101376).ok());
+  EXPECT_EQ(CheckRmsNormSharedBytes(25341, 101376),
+            absl::UnimplementedError("rms_norm: n=25341 needs 101380 bytes of shared memory a "
+                                     "block, and the device has 101376"));
+  EXPECT_TRUE(CheckRmsNormSharedBytes(kMaxRmsNormCuda, 166912).ok());  // sm_80
 }
 
 }  // namespace

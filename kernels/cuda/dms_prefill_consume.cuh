@@ -203,8 +203,9 @@ __device__ __forceinline__ void Consume(const PrefillKernelArgs& args, PrefillSh
   for (int i = 0; i < warpgroup; ++i) ptx::NamedArrive(1 + i, kConsumerThreads);
   while (true) {
     ptx::BarrierWait(&shared.work_full[tile & 1], Place<2>(tile).parity);
-    if (shared.work[tile & 1].head < 0) {
-      if (shared.work[tile & 1].head == kEndOfTiles) return;
+    if (const int head = shared.work[tile & 1].head; head < 0) {
+      if (head == kEndOfTiles) return;
+      __syncwarp();  // all lanes have read it
       release(&shared.work_empty[tile & 1]);
       ++tile;
       continue;

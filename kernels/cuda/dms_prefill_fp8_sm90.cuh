@@ -7,6 +7,7 @@
 
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/dms_prefill_fp8_consume.cuh"
 #include "kernels/cuda/dms_prefill_fp8_produce.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -75,10 +76,7 @@ absl::Status EnqueuePrefillFp8Sm90(const DmsPrefillFp8CudaParams& p, StreamHandl
   static_assert(kSharedBytes <= 227 * 1024);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       PrefillFp8Sm90Kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
   const int positions = TilePositions(b.head_dim, b.group);
   const float exponent_scale = p.scale * 1.44269504088896340736f * kFp8PerOctave;
   // A row's unit, 2^(exponent - 126), times that: from 2^-9 on, so that shifts are float16.
@@ -105,9 +103,7 @@ absl::Status EnqueuePrefillFp8Sm90(const DmsPrefillFp8CudaParams& p, StreamHandl
 
 template <typename Shape>
 bool HaveFp8Code() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, PrefillFp8Sm90Kernel<Shape>) == cudaSuccess &&
-         attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
+  return IsSm90aCode(reinterpret_cast<const void*>(PrefillFp8Sm90Kernel<Shape>));
 }
 
 }  // namespace winnow::kernels::internal

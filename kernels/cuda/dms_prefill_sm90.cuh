@@ -6,6 +6,7 @@
 
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/dms_prefill_consume.cuh"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 #include "kernels/cuda/dms_prefill_produce.cuh"
@@ -122,10 +123,7 @@ absl::Status EnqueuePrefillSm90(const DmsPrefillCudaParams& p, StreamHandle stre
   static_assert(kSharedBytes <= 227 * 1024);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       PrefillSm90Kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
   const PrefillKernelArgs args{.sequences = b.sequences,
                                .scratch = ScratchOf(b),
                                .out = p.out,
@@ -142,9 +140,7 @@ absl::Status EnqueuePrefillSm90(const DmsPrefillCudaParams& p, StreamHandle stre
 
 template <typename Shape>
 bool HaveCode() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, PrefillSm90Kernel<Shape>) == cudaSuccess &&
-         attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
+  return IsSm90aCode(reinterpret_cast<const void*>(PrefillSm90Kernel<Shape>));
 }
 
 }  // namespace winnow::kernels::internal

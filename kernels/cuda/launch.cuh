@@ -26,6 +26,13 @@ inline bool CanWaitForPredecessors(const void* kernel) {
   return can;
 }
 
+// Whether what runs here of `kernel` is code for sm_90a, not compiled from PTX.
+inline bool IsSm90aCode(const void* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+         attributes.binaryVersion == 90;
+}
+
 // Enqueues a kernel whose blocks may be placed while the kernel before it in the stream
 // runs out, which hides the launch. REQUIRES: before ptx::WaitForPredecessors() a thread touches
 // only memory that no kernel that may still run writes, nor reads where this one writes. The kernel

@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <iterator>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/dms_prefill.h"
+#include "kernels/cuda/dms_prefill_sm90.h"
 #include "tests/kernels/device_memory.h"
 #include "tests/kernels/dms_prefill_case.h"
 #include "tests/kernels/valid_prefill_batch.h"
@@ -157,6 +159,17 @@ TEST_P(DmsPrefillGpu, CountsEachKeySeenOnce) {
     }
     EXPECT_EQ(wrong, 0);
   }
+}
+
+// What the tests above call best is on Hopper the kernel for sm_90a, else the portable one.
+TEST(DmsPrefillCode, IsForSm90aOnHopper) {
+  RequireGpu();
+  if (testing::Test::IsSkipped()) return;
+  int major = 0;
+  ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+  const char* force = std::getenv("CUDA_FORCE_PTX_JIT");
+  const bool from_ptx = force != nullptr && std::string(force) != "0";
+  EXPECT_EQ(internal::HaveSm90Code(), major == 9 && !from_ptx);
 }
 
 // What is looked at before anything is enqueued; needs no device.

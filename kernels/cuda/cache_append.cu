@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   const int ring_start =
       window == 0 ? 0 : (state.ring_start - line.num_out % window + window) % window;
   uint8_t* newest = spans.newest + span * spans.newest_stride;
-  uint8_t* flags = spans.ring_evict + span * (window + 1);
+  uint8_t* flags = spans.ring_evict + span * spans.evict_stride();
   const int in_eight = lane % 8;
   const auto survivor = [&](int slot) {
     const int page = spans.survivor_pages[span * spans.max_survivor_pages + slot / T::kSlots];

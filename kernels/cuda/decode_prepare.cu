@@ -7,6 +7,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_prepare.h"
 #include "kernels/cuda/head_vector.cuh"
+#include "kernels/cuda/layer_spans.cuh"
 #include "kernels/cuda/span_token.cuh"
 #include "kernels/cuda/store_vector.cuh"
 
@@ -17,19 +18,14 @@ using device::CopyToken;
 using device::Place;
 using device::TokenShape;
 using internal::HeadVector;
+using internal::LayerSpans;
 using internal::Quarter;
 
 struct Args {
   DmsCompactParams c;
-  const SpanState* state;  // of the layer, as are the arrays below
-  const int32_t* survivor_pages;
-  const int32_t* ring_pages;
-  uint8_t* newest;
-  uint8_t* ring_evict;
-  uint8_t* pages;
+  LayerSpans spans;
   const int32_t* slots;
-  int64_t newest_stride;
-  int window, shift, max_survivor_pages, ring_pages_per_span;
+  int shift;
   int group;
   bool rotated;
 };
@@ -94,12 +90,13 @@ __global__ void __launch_bounds__(288) DecodePrepareKernel(const __grid_constant
   extern __shared__ __align__(16) float scratch[];
   __shared__ __align__(16) uint8_t row[2 * T::kRowBytes + 4];
   const DmsCompactParams& c = args.c;
+  const LayerSpans& spans = args.spans;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = static_cast<int>(blockIdx.x), s = static_cast<int>(blockIdx.y);
   const int slot_of_cache = args.slots[s];
   if (slot_of_cache < 0) return;
   const int64_t span = static_cast<int64_t>(slot_of_cache) * c.num_kv_heads + g;
-  uint8_t* newest = args.newest + span * args.newest_stride;
+  uint8_t* newest = spans.newest + span * spans.newest_stride;
   const Quarter quarter{.lane = lane % 8, .mask = 0xffu << (lane & ~7)};
   float* squares = scratch + threadIdx.x / 8 * kScratchFloats<kDim>;
   HeadVector<kDim> x;
@@ -169,29 +166,30 @@ __global__ void __launch_bounds__(288) DecodePrepareKernel(const __grid_constant
       c.decisions[static_cast<int64_t>(s) * c.num_kv_heads + g] = evict ? 1 : 0;
     }
     // The counters are already those after this token.
-    const SpanState state = args.state[span];
-    uint8_t* flags = args.ring_evict + span * (args.window + 1);
+    const SpanState state = spans.state[span];
+    uint8_t* flags = spans.ring_evict + span * spans.evict_stride();
     const auto survivor = [&] {
       const int slot = state.num_survivors - 1;
       const int page =
-          args.survivor_pages[span * args.max_survivor_pages + max(slot, 0) / T::kSlots];
+          spans.survivor_pages[span * spans.max_survivor_pages + max(slot, 0) / T::kSlots];
       return Place{
-          slot < 0 || page < 0 ? nullptr : args.pages + static_cast<int64_t>(page) * T::kPageBytes,
+          slot < 0 || page < 0 ? nullptr : spans.pages + static_cast<int64_t>(page) * T::kPageBytes,
           T::kSlots, slot % T::kSlots};
     };
     const Place old_newest{newest, 1, 0};
-    if (state.num_tokens > 1 && args.window == 0) {
+    if (state.num_tokens > 1 && spans.window == 0) {
       const Place to = survivor();
       if (to.base != nullptr) CopyToken<T>(old_newest, to, lane);
     } else if (state.num_tokens > 1) {
-      const bool was_full = state.num_tokens - 2 >= args.window;
+      const bool was_full = state.num_tokens - 2 >= spans.window;
       const int slot = !was_full               ? state.num_ring - 1
-                       : state.ring_start == 0 ? args.window - 1
+                       : state.ring_start == 0 ? spans.window - 1
                                                : state.ring_start - 1;
-      const int page = args.ring_pages[span * args.ring_pages_per_span + slot / T::kSlots];
-      const Place ring{page < 0 ? nullptr : args.pages + static_cast<int64_t>(page) * T::kPageBytes,
-                       T::kSlots, slot % T::kSlots};
-      const uint8_t old_flag = flags[slot], old_newest_flag = flags[args.window];
+      const int page = spans.ring_pages[span * spans.ring_pages_per_span + slot / T::kSlots];
+      const Place ring{
+          page < 0 ? nullptr : spans.pages + static_cast<int64_t>(page) * T::kPageBytes, T::kSlots,
+          slot % T::kSlots};
+      const uint8_t old_flag = flags[slot], old_newest_flag = flags[spans.window];
       __syncwarp();
       if (ring.base != nullptr) {
         if (was_full && old_flag == 0) {
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(288) DecodePrepareKernel(const __grid_constant
       }
       if (lane == 0) flags[slot] = (args.shift == 1 ? evict : old_newest_flag != 0) ? 1 : 0;
     }
-    if (lane == 0 && args.window > 0) flags[args.window] = args.shift == 0 && evict ? 1 : 0;
+    if (lane == 0 && spans.window > 0) flags[spans.window] = args.shift == 0 && evict ? 1 : 0;
   }
   __syncthreads();  // the old newest token has moved, the new row is written
   if (warp == 0) {
@@ -266,20 +264,10 @@ absl::Status LaunchDecodePrepare(const DecodePrepareCudaParams& p, StreamHandle 
   WINNOW_RETURN_IF_ERROR(ValidateDecodePrepare(p));
   if (p.compact.num_tokens == 0) return absl::OkStatus();
   const DeviceSpans& spans = p.spans;
-  const int64_t first = static_cast<int64_t>(p.layer) * spans.max_sequences * spans.num_kv_heads;
   const Args args = {.c = p.compact,
-                     .state = spans.state + first,
-                     .survivor_pages = spans.survivor_pages + first * spans.max_survivor_pages,
-                     .ring_pages = spans.ring_pages + first * spans.ring_pages_per_span(),
-                     .newest = spans.newest + first * spans.newest_stride(),
-                     .ring_evict = spans.ring_evict + first * spans.evict_stride(),
-                     .pages = spans.pages,
+                     .spans = internal::LayerOf(spans, p.layer),
                      .slots = p.slots,
-                     .newest_stride = spans.newest_stride(),
-                     .window = spans.window,
                      .shift = spans.shift,
-                     .max_survivor_pages = spans.max_survivor_pages,
-                     .ring_pages_per_span = spans.ring_pages_per_span(),
                      .group = p.compact.num_heads / p.compact.num_kv_heads,
                      .rotated = KvFormatOf(spans.format).rotated};
   switch (spans.format) {

@@ -7,7 +7,9 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/dms_prefill.h"
+#include "kernels/cuda/dms_prefill_marks.cuh"
 #include "kernels/cuda/dms_prefill_plan.cuh"
 #include "kernels/cuda/dms_prefill_store.cuh"
 #include "kernels/cuda/dms_prefill_tiles.cuh"
@@ -18,29 +20,12 @@ namespace winnow::kernels {
 namespace {
 
 using internal::kBuckets;
+using internal::kMarkThreads;
 using internal::NumExpirable;
 using internal::PrefillScratch;
 
 // ---------------------------------------------------------------------------
-// Marks: a block a piece of a (KV head, sequence) counts the kept tokens before its piece,
-// then scans its own. Grid (num_kv_heads, batch, pieces of the longest band).
-
-constexpr int kMarkWarps = 32, kMarkThreads = 32 * kMarkWarps;
-constexpr int kMarkWords = 4;  // of 32 tokens, a warp
-constexpr int kMarkTokens = kMarkThreads * kMarkWords;
-
-// Whether band token `i`, any of [0, band + 31], is one that is kept. One load at most
-// and no branch before it, so that many are under way at a time.
-__device__ __forceinline__ bool Kept(const DmsPrefillCompactParams& p, const DmsPrefillSequence& s,
-                                     int head, int i, int band) {
-  const int own = i + p.batch.shift;  // the token whose decision it is
-  const bool prefix = own < s.num_prefix;
-  const uint8_t* bits = prefix ? p.prefix_evict : p.decisions;
-  const int64_t row = prefix ? int64_t{s.band_row} + i : int64_t{s.row} + own - s.num_prefix;
-  uint8_t evict = 0;
-  if (bits != nullptr && own < band) evict = bits[row * p.batch.num_kv_heads + head];
-  return i < band && evict == 0;
-}
+// Marks, by a block a piece of a (KV head, sequence); and zeros behind what the attention reads.
 
 // Zeros in rows [first, first + 8) of x, but none from `end` on. All threads.
 __device__ void ZeroRows(Bf16* x, int64_t row_stride, int first, int end, int head_dim) {
@@ -52,62 +37,18 @@ __device__ void ZeroRows(Bf16* x, int64_t row_stride, int first, int end, int he
 
 __global__ void __launch_bounds__(kMarkThreads, 1)
     MarkKernel(const DmsPrefillCompactParams p, const PrefillScratch scratch) {
-  __shared__ int2 sums[kMarkWarps];
-  __shared__ int expired;
   ptx::WaitForPredecessors();
   ptx::LetDependentsStart();
   const DmsPrefillBatch& b = p.batch;
-  const int head = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = blockIdx.x;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
-  const int band = s.num_prefix + s.num_tokens, expirable = NumExpirable(band, b.window);
-  const int start = static_cast<int>(blockIdx.z) * kMarkTokens;
-  if (start >= band && start > 0) return;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && start == 0 && threadIdx.x == 0) *scratch.ticket = 0;
-  const auto kept = [&](int i) { return Kept(p, s, head, i, band); };
-  const int older =
-      b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
-  // All loads are under way before any is waited for.
-  const int first = start + warp * 32 * kMarkWords;
-  bool own_kept[kMarkWords];
-#pragma unroll
-  for (int n = 0; n < kMarkWords; ++n) own_kept[n] = kept(first + 32 * n + lane);
-  int before = 0;
-#pragma unroll 16
-  for (int i = static_cast<int>(threadIdx.x); i < start; i += kMarkThreads) before += kept(i);
-  uint32_t words[kMarkWords];
-  int count = 0;
-#pragma unroll
-  for (int n = 0; n < kMarkWords; ++n) {
-    words[n] = __ballot_sync(~0u, own_kept[n]);
-    count += __popc(words[n]);
-  }
-  before = __reduce_add_sync(~0u, before);
-  if (lane == 0) sums[warp] = make_int2(before, count);
-  __syncthreads();
-  static_assert(kMarkWarps == 32);
-  int rank = older + __reduce_add_sync(~0u, sums[lane].x) +
-             __reduce_add_sync(~0u, lane < warp ? sums[lane].y : 0);
-  // Survivors of the band end where the last expirable token lies; one block has it.
-  const bool last = expirable > start && expirable <= start + kMarkTokens;
-  const bool none = expirable == 0 && start == 0;
-  if (none && threadIdx.x == 0) expired = older;
-  int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row;
-#pragma unroll
-  for (int n = 0; n < kMarkWords; ++n) {
-    const int i = first + 32 * n + lane;
-    const int own = static_cast<int>(words[n] >> lane & 1);
-    const int mine = rank + __popc(words[n] & ((1u << lane) - 1));
-    if (i < band) marks[i] = 2 * mine + own;
-    if (i + 1 == expirable) expired = mine + own;
-    rank += __popc(words[n]);
-  }
-  if (!last && !none) return;
-  __syncthreads();
+  const int expired = internal::MarkPiece(p, scratch, s);
+  if (expired < 0) return;
   const int64_t compact = (int64_t{head} * b.compact_rows) * b.head_dim;
   ZeroRows(b.compact_k + compact, b.head_dim, s.compact_row + expired, b.compact_rows, b.head_dim);
   ZeroRows(b.compact_v + compact, b.head_dim, s.compact_row + expired, b.compact_rows, b.head_dim);
   const int64_t stride = int64_t{b.num_kv_heads} * b.head_dim;
-  const int end = s.band_row + band;
+  const int end = s.band_row + s.num_prefix + s.num_tokens;
   ZeroRows(b.band_k + head * b.head_dim, stride, end, b.band_rows, b.head_dim);
   ZeroRows(b.band_v + head * b.head_dim, stride, end, b.band_rows, b.head_dim);
 }
@@ -260,10 +201,7 @@ __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
 template <int kDim, KvElement kK, KvElement kV>
 absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                           StreamHandle stream) {
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(1 + (items + kBlockItems - 1) / kBlockItems),
                   static_cast<unsigned>(p.batch.batch));
@@ -348,10 +286,8 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
   const DmsPrefillBatch& b = params.batch;
   if (b.batch == 0) return absl::OkStatus();
   const PrefillScratch scratch = internal::ScratchOf(b);
-  const int pieces = std::max(1, (b.max_band + kMarkTokens - 1) / kMarkTokens);
-  const dim3 grid(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch),
-                  static_cast<unsigned>(pieces));
-  WINNOW_RETURN_IF_ERROR(LaunchEarly(MarkKernel, grid, kMarkThreads, 0, stream, params, scratch));
+  WINNOW_RETURN_IF_ERROR(
+      LaunchEarly(MarkKernel, internal::MarkGrid(b), kMarkThreads, 0, stream, params, scratch));
   if (params.k == nullptr) {
     return b.head_dim == 64 ? EnqueueLayOut<64>(b, scratch, stream)
                             : EnqueueLayOut<128>(b, scratch, stream);

@@ -3,8 +3,8 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/dms_prefill_fp8.h"
-#include "kernels/cuda/dms_prefill_fp8_marks.cuh"
 #include "kernels/cuda/dms_prefill_fp8_scales.h"
+#include "kernels/cuda/dms_prefill_marks.cuh"
 #include "kernels/cuda/dms_prefill_tiles.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -14,7 +14,7 @@ namespace winnow::kernels {
 namespace {
 
 using internal::kBuckets;
-using internal::kScanThreads;
+using internal::kMarkThreads;
 using internal::NumExpirable;
 using internal::PrefillFp8Octaves;
 using internal::PrefillFp8Scale;
@@ -44,17 +44,18 @@ __device__ DmsPrefillFp8Rows OfHead(const DmsPrefillFp8Rows& all, int64_t first_
 
 // Marks, and zeros for the values that share the last survivors' 16 rows: a weight of 0
 // meets them.
-__global__ void __launch_bounds__(kScanThreads)
+__global__ void __launch_bounds__(kMarkThreads, 1)
     MarkFp8Kernel(const CompactArgs args, const PrefillScratch scratch) {
+  ptx::WaitForPredecessors();
+  ptx::LetDependentsStart();
   const DmsPrefillBatch& b = args.p.batch;
   const int head = blockIdx.x;
   const DmsPrefillSequence s = b.sequences[blockIdx.y];
-  const int before =
-      b.num_survivors == nullptr ? 0 : b.num_survivors[blockIdx.y * b.num_kv_heads + head];
-  const int count = internal::MarkBand(args.p, scratch, s, head, before);
+  const int count = internal::MarkPiece(args.p, scratch, s);
+  if (count < 0) return;
   const DmsPrefillFp8Rows compact = OfHead(args.compact, int64_t{head} * b.compact_rows);
   const int first = s.compact_row + count, past = -count & 15;
-  for (int i = threadIdx.x; i < past * kChannels; i += kScanThreads) {
+  for (int i = threadIdx.x; i < past * kChannels; i += kMarkThreads) {
     compact.v[PrefillFp8ValueByte(first + i / kChannels, i % kChannels)] = 0;
   }
   if (static_cast<int>(threadIdx.x) < past) {
@@ -294,9 +295,8 @@ absl::Status LaunchDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& params
                          .band = params.batch.band,
                          .compact = params.batch.compact,
                          .prefix_rows = params.prefix_rows};
-  const dim3 heads(static_cast<unsigned>(b.num_kv_heads), static_cast<unsigned>(b.batch));
-  MarkFp8Kernel<<<heads, kScanThreads, 0, stream>>>(args, scratch);
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetLastError()));
+  WINNOW_RETURN_IF_ERROR(
+      LaunchEarly(MarkFp8Kernel, internal::MarkGrid(b), kMarkThreads, 0, stream, args, scratch));
   const int pieces = (b.max_band + kTokens - 1) / kTokens * b.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(1 + pieces), static_cast<unsigned>(b.batch));
   return LaunchEarly(StoreFp8Kernel, grid, kStoreThreads, 0, stream, args, scratch,

@@ -68,35 +68,25 @@ __device__ __forceinline__ Fp8TileWork MakeFp8TileWork(const PrefillTile& tile,
   return w;
 }
 
-// As FindSeen(): for every edge box b, position p and lane i of a quad, the columns that
-// the row sees.
+// `marks` are those of the head.
 template <int kPositions>
-__device__ __forceinline__ void FindSeenFp8(const Fp8TileWork& w, const int32_t* marks, int window,
-                                            uint32_t (*seen)[kPositions][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, i = lane % 4;
-  for (int box = 0; box * kBoxKeys < w.edge_end; ++box) {
-    const int first = box * kBoxKeys;
-    uint32_t kept = 0;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {  // lane by lane of a quad; here a lane is a column
-      const int column = first + 2 * n + 8 * (lane / 2) + lane % 2;
-      const bool old = column < w.new_at;
-      int mark = 0;
-      if (column < w.edge_end && column < (old ? w.own_old : w.own_new) + w.num_positions) {
-        mark = marks[old ? w.old_row + column : w.new_row + column - w.new_at];
-      }
-      const uint32_t word = __ballot_sync(~0u, (mark & 1) != 0);
-      if (n == i) kept = word;
-    }
-    const auto below = [&](int column) { return LowBits(OwnColumnsBelow(column - first, i)); };
+__device__ __forceinline__ void FindSeen(const Fp8TileWork& w, const int32_t* marks, int window,
+                                         uint32_t (*seen)[kPositions][4]) {
+  const auto mark_of = [&](int column) {
+    const bool old = column < w.new_at;
+    const bool is_key =
+        column < w.edge_end && column < (old ? w.own_old : w.own_new) + w.num_positions;
+    return is_key ? marks[old ? w.old_row + column : w.new_row + column - w.new_at] : 0;
+  };
+  const auto edge_of = [&](auto below, uint32_t kept) {
     const uint32_t is_old = below(w.new_at);
     const uint32_t old = is_old & ~below(w.lead), fresh = below(w.edge_end) & ~is_old;
-    const uint32_t rest = below(w.num_keys) & ~below(w.edge_end);
-    for (int p = lane / 4; p < w.num_positions; p += 8) {
+    return [=, &w](int p) {
       const auto of = [&](int own) { return below(own + 1) & (kept | ~below(own - window)); };
-      seen[box][p][i] = (old & of(w.own_old + p)) | (fresh & of(w.own_new + p)) | rest;
-    }
-  }
+      return (old & of(w.own_old + p)) | (fresh & of(w.own_new + p));
+    };
+  };
+  FindSeenBy<kPositions>(w, mark_of, edge_of, seen);
 }
 
 }  // namespace winnow::kernels::internal

@@ -90,8 +90,8 @@ __device__ __forceinline__ void ScheduleFp8(const PrefillFp8Args& args,
     if (lane == 0) ptx::BarrierArrive(&shared.list_full[place.at]);
     if (!end) {
       if (lane == 0) ticket = static_cast<int>(gridDim.x) + atomicAdd(args.scratch.ticket, 1);
-      FindSeenFp8(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
-                  shared.seen[place.at]);
+      FindSeen(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
+               shared.seen[place.at]);
       ticket = __shfl_sync(~0u, ticket, 0);
     }
     __syncwarp();

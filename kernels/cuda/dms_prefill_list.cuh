@@ -86,36 +86,48 @@ __device__ __forceinline__ TileWork MakeTileWork(const PrefillTile& tile,
 
 // For every edge box b, position p of the tile and lane i of a quad, a word of the
 // columns that the lane holds: bit n of seen[b][p][i] says whether the row sees column
-// 128 b + 2 i + 8 (n / 2) + n % 2. All lanes of a warp; `marks` are those of the head.
-template <int kPositions>
-__device__ __forceinline__ void FindSeen(const TileWork& w, const int32_t* marks, int window,
-                                         uint32_t (*seen)[kPositions][4]) {
+// 128 b + 2 i + 8 (n / 2) + n % 2. All lanes of a warp. mark_of(column) is the mark of the
+// edge's key there, 0 if there is none. Of below, which gives a lane's columns below one, and
+// of those whose keys are kept, edge_of(below, kept) makes what gives the edge's columns that
+// position p sees.
+template <int kPositions, typename Work, typename MarkOf, typename EdgeOf>
+__device__ __forceinline__ void FindSeenBy(const Work& w, MarkOf mark_of, EdgeOf edge_of,
+                                           uint32_t (*seen)[kPositions][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, i = lane % 4;
   for (int box = 0; box * kBoxKeys < w.edge_end; ++box) {
     const int first = box * kBoxKeys;
     uint32_t kept = 0;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {  // lane by lane of a quad; here a lane is a column
-      const int column = first + 2 * n + 8 * (lane / 2) + lane % 2;
-      int mark = 0;
-      if (column < w.num_old) {
-        mark = marks[w.band_row + column];
-      } else if (column >= w.new_at && column < w.new_at + w.num_positions) {
-        mark = marks[w.new_row + column - w.new_at];
-      }
+      const int mark = mark_of(first + 2 * n + 8 * (lane / 2) + lane % 2);
       const uint32_t word = __ballot_sync(~0u, (mark & 1) != 0);
       if (n == i) kept = word;
     }
-    const auto below = [&](int column) { return LowBits(OwnColumnsBelow(column - first, i)); };
-    const uint32_t old = below(w.num_old), not_new = below(w.new_at);
+    const auto below = [=](int column) { return LowBits(OwnColumnsBelow(column - first, i)); };
+    const auto edge = edge_of(below, kept);
     const uint32_t rest = below(w.num_keys) & ~below(w.edge_end);
-    for (int p = lane / 4; p < w.num_positions; p += 8) {
+    for (int p = lane / 4; p < w.num_positions; p += 8) seen[box][p][i] = edge(p) | rest;
+  }
+}
+
+// `marks` are those of the head.
+template <int kPositions>
+__device__ __forceinline__ void FindSeen(const TileWork& w, const int32_t* marks, int window,
+                                         uint32_t (*seen)[kPositions][4]) {
+  const auto mark_of = [&](int column) {
+    if (column < w.num_old) return marks[w.band_row + column];
+    const bool is_new = column >= w.new_at && column < w.new_at + w.num_positions;
+    return is_new ? marks[w.new_row + column - w.new_at] : 0;
+  };
+  const auto edge_of = [&](auto below, uint32_t kept) {
+    const uint32_t old = below(w.num_old), not_new = below(w.new_at);
+    return [=, &w](int p) {
       const uint32_t in_window = ~below(p - w.slack);
       const uint32_t newer = below(w.new_at + p + 1) & ~not_new;
-      seen[box][p][i] =
-          (old & (kept | in_window)) | (newer & (kept | ~below(w.new_at + p - window))) | rest;
-    }
-  }
+      return (old & (kept | in_window)) | (newer & (kept | ~below(w.new_at + p - window)));
+    };
+  };
+  FindSeenBy<kPositions>(w, mark_of, edge_of, seen);
 }
 
 }  // namespace winnow::kernels::internal

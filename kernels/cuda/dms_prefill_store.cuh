@@ -21,15 +21,6 @@ __device__ __forceinline__ float4 Times(float4 x, float factor) {
                      __fmul_rn(x.w, factor));
 }
 
-// Codes of two values, and the values that codes stand for.
-__device__ __forceinline__ uint32_t E4m3Pair(float a, float b) {
-  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-}
-__device__ __forceinline__ float2 E4m3Values(uint32_t pair) {
-  return __half22float2(
-      __half2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3)));
-}
-
 // x / s, rounded so that a code's rounding cannot tell it from the quotient. x has 8 bits,
 // s 11 and a tie between codes at most 8 (of int8), so a quotient is a tie exactly or off
 // every tie by 2^-19. The product is off the quotient by less than 2^-23, at a tie by one
@@ -51,16 +42,6 @@ __device__ __forceinline__ bool MayTie(uint32_t s, float least) {
   const bool subnormal = s < 0x400, four_bits = (s & 0x7f) == 0, eight_bits = (s & 7) == 0;
   const bool small = least < __fmul_rn(FromHalf(static_cast<uint16_t>(s)), 0x1p-6f);
   return subnormal | four_bits | (eight_bits & small);
-}
-
-// A scale that E4m3ScaleFor() may take.
-struct Candidate {
-  uint32_t half;
-  float scale, inverse;
-};
-__device__ __forceinline__ Candidate MakeCandidate(uint32_t half) {
-  const float scale = FromHalf(static_cast<uint16_t>(half));
-  return {.half = half, .scale = scale, .inverse = Reciprocal(scale)};
 }
 
 // kv_format's E4m3Error() of the four lanes' vector: sixteen sums, of the dims that are alike
@@ -102,8 +83,7 @@ __device__ __forceinline__ Candidate E4m3Codes(const float4 (&x)[kFours], uint32
                                                float least, uint32_t lane,
                                                uint32_t (&codes)[kFours]) {
   const Candidate low = MakeCandidate(smallest);
-  const Candidate high = MakeCandidate(
-      min(uint32_t{RoundToHalf(__fmul_rn(low.scale, 1.41421356237309504880f))}, 0x7bffu));
+  const Candidate high = OtherE4m3Candidate(low);
   const auto pick = [&](bool take_high) {
     return Candidate{.half = take_high ? high.half : low.half,
                      .scale = take_high ? high.scale : low.scale,
@@ -206,8 +186,7 @@ __device__ __forceinline__ void StoreVector(uint32_t (&x)[kWords], uint32_t lane
         values = make_float4(a.x, a.y, b.x, b.y);
       } else {
         const float4 y = Divide(v[i], scale.inverse);
-        const auto code = [](float q) { return __float2int_rn(fminf(fmaxf(q, -127.0f), 127.0f)); };
-        const int q[4] = {code(y.x), code(y.y), code(y.z), code(y.w)};
+        const int q[4] = {Int8Code(y.x), Int8Code(y.y), Int8Code(y.z), Int8Code(y.w)};
         codes[i] = (q[0] & 0xff) | (q[1] & 0xff) << 8 | (q[2] & 0xff) << 16 | q[3] << 24;
         if (scale.half == 0x7e00) codes[i] = 0;
         values = make_float4(static_cast<float>(q[0]), static_cast<float>(q[1]),

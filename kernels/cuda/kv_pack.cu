@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
     if (span < 0) return int64_t{0};
     int64_t bytes = a.num_kv_heads * static_cast<int64_t>(kPackedHeadBytes);
     for (int g = 0; g < a.num_kv_heads; ++g) {
-      bytes += BodyBytes(a, a.state[span + g]);
+      bytes += BodyBytes(a, a.spans.state[span + g]);
     }
     return bytes;
   };
@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     LoadRun(a, span, state, first, min(a.run_tokens, live - first), shared + past / 4);
   };
   if (first_span >= 0) {
-    state = a.state[span];
+    state = a.spans.state[span];
     live = state.num_survivors + state.num_ring + 1;
-    offset = BodyOffset(a, g, [&](int h) { return a.state[first_span + h]; });
+    offset = BodyOffset(a, g, [&](int h) { return a.spans.state[first_span + h]; });
     if (first < live) load();
   }
   ptx::WaitForPredecessors();
@@ -150,17 +150,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     load();
   }
   if (blockIdx.x != 0) return;
-  const uint8_t* evict = a.ring_evict + span * a.evict_stride();
+  const uint8_t* evict = a.spans.ring_evict + span * a.spans.evict_stride();
   uint8_t* flags = body + int64_t{live} * a.row_bytes();
   for (int i = static_cast<int>(threadIdx.x); i < state.num_ring; i += kThreads) {
     const int slot = state.ring_start + i;
-    flags[i] = evict[slot >= a.window ? slot - a.window : slot];
+    flags[i] = evict[slot >= a.spans.window ? slot - a.spans.window : slot];
   }
   if (threadIdx.x == 0) {
     uint32_t* head = reinterpret_cast<uint32_t*>(out) + 3 * g;
     head[0] = static_cast<uint32_t>(state.num_survivors);
     head[1] = static_cast<uint32_t>(state.num_ring);
-    head[2] = a.window > 0 && a.shift == 0 ? evict[a.window] : 0;
+    head[2] = a.spans.window > 0 && a.shift == 0 ? evict[a.spans.window] : 0;
   }
 }
 

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "kernels/cuda/device_spans.h"
+#include "kernels/cuda/layer_spans.cuh"
 #include "kernels/kv_pack.h"
 
 // What packing and unpacking share. A warp moves a run of tokens, neighbours in age, through
@@ -22,22 +23,16 @@ inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // A layer of a sequence is an item; a head of an item its own block or blocks.
 struct PackArgs {
-  const SpanState* state;
-  const int32_t* survivor_pages;
-  const int32_t* ring_pages;
-  uint8_t* newest;
-  uint8_t* ring_evict;
-  uint8_t* pages;
+  LayerSpans spans;  // of layer 0: with those of the other layers behind them
   const int32_t* slots;
-  int64_t page_bytes, newest_stride;
-  int window, shift, max_sequences, num_kv_heads, max_survivor_pages, ring_pages_per_span;
+  int64_t page_bytes;
+  int shift, max_sequences, num_kv_heads;
   int num_items, first_layer, num_layers, slots_per_page;
   int k_bytes, v_bytes;  // of a flat row
   bool scaled;
   int run_tokens;
 
   __host__ __device__ int row_bytes() const { return k_bytes + v_bytes + (scaled ? 4 : 0); }
-  __host__ __device__ int64_t evict_stride() const { return int64_t{window} + 1; }
 };
 
 inline PackArgs MakePackArgs(const DeviceSpans& spans, const int32_t* slots, int num_seqs,
@@ -45,21 +40,12 @@ inline PackArgs MakePackArgs(const DeviceSpans& spans, const int32_t* slots, int
   const KvFormat& f = KvFormatOf(spans.format);
   const int k_bytes = static_cast<int>(KvElementBytes(f.k)) * spans.head_dim;
   const int v_bytes = static_cast<int>(KvElementBytes(f.v)) * spans.head_dim;
-  return {.state = spans.state,
-          .survivor_pages = spans.survivor_pages,
-          .ring_pages = spans.ring_pages,
-          .newest = spans.newest,
-          .ring_evict = spans.ring_evict,
-          .pages = spans.pages,
+  return {.spans = LayerOf(spans, 0),
           .slots = slots,
           .page_bytes = static_cast<int64_t>(PageBytes(spans.head_dim)),
-          .newest_stride = spans.newest_stride(),
-          .window = spans.window,
           .shift = spans.shift,
           .max_sequences = spans.max_sequences,
           .num_kv_heads = spans.num_kv_heads,
-          .max_survivor_pages = spans.max_survivor_pages,
-          .ring_pages_per_span = spans.ring_pages_per_span(),
           .num_items = num_seqs * num_layers,
           .first_layer = first_layer,
           .num_layers = num_layers,
@@ -120,7 +106,7 @@ struct TokenPlace {
 // Of token `i` of a span, in age order.
 __device__ __forceinline__ TokenPlace PlaceOf(const PackArgs& a, int64_t span,
                                               const SpanState& state, int i) {
-  uint8_t* base = a.newest + span * a.newest_stride;
+  uint8_t* base = a.spans.newest + span * a.spans.newest_stride;
   int slots = 1, slot = 0;
   if (i < state.num_survivors + state.num_ring) {
     const bool ring = i >= state.num_survivors;
@@ -128,14 +114,14 @@ __device__ __forceinline__ TokenPlace PlaceOf(const PackArgs& a, int64_t span,
     slot = i;
     if (ring) {
       slot = i - state.num_survivors + state.ring_start;
-      if (slot >= a.window) slot -= a.window;
+      if (slot >= a.spans.window) slot -= a.spans.window;
     }
-    const int table_size = ring ? a.ring_pages_per_span : a.max_survivor_pages;
-    const int32_t* table = (ring ? a.ring_pages : a.survivor_pages) + span * table_size;
+    const int table_size = ring ? a.spans.ring_pages_per_span : a.spans.max_survivor_pages;
+    const int32_t* table = (ring ? a.spans.ring_pages : a.spans.survivor_pages) + span * table_size;
     const int entry = slot / slots;
     const int page = entry < table_size ? table[entry] : -1;
     if (page < 0) return {};
-    base = a.pages + page * a.page_bytes;
+    base = a.spans.pages + page * a.page_bytes;
     slot -= entry * slots;
   }
   const int scales = slots * (a.k_bytes + a.v_bytes) + 2 * slot - slot * a.k_bytes;

@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kThreads, 5)
   if (first_span < 0 || range.offset < 0) return;
   const uint8_t* in = staging + range.offset;
   const uint32_t* heads = reinterpret_cast<const uint32_t*>(in);
-  const int most = a.max_survivor_pages * a.slots_per_page;
+  const int most = a.spans.max_survivor_pages * a.slots_per_page;
   const auto state_of = [&](int h) {
     return SpanState{.num_survivors = min(max(static_cast<int>(heads[3 * h]), 0), most),
-                     .num_ring = min(max(static_cast<int>(heads[3 * h + 1]), 0), a.window),
+                     .num_ring = min(max(static_cast<int>(heads[3 * h + 1]), 0), a.spans.window),
                      .ring_start = 0,
                      .num_tokens = num_tokens[item / a.num_layers]};
   };
@@ -94,13 +94,13 @@ __global__ void __launch_bounds__(kThreads, 5)
     __syncwarp();
   }
   if (blockIdx.x != 0) return;
-  uint8_t* evict = a.ring_evict + span * a.evict_stride();
+  uint8_t* evict = a.spans.ring_evict + span * a.spans.evict_stride();
   const uint8_t* flags = body + int64_t{live} * a.row_bytes();
   for (int i = static_cast<int>(threadIdx.x); i < state.num_ring; i += kThreads) {
     evict[i] = flags[i];
   }
   if (threadIdx.x == 0) {
-    if (a.window > 0) evict[a.window] = static_cast<uint8_t>(heads[3 * g + 2]);
+    if (a.spans.window > 0) evict[a.spans.window] = static_cast<uint8_t>(heads[3 * g + 2]);
     states[span] = state;
   }
 }

@@ -19,6 +19,8 @@ struct LayerSpans {
   uint8_t* ring_evict;      // [spans, window + 1]
   int64_t newest_stride;
   int window, max_survivor_pages, ring_pages_per_span;
+
+  __host__ __device__ int evict_stride() const { return window + 1; }
 };
 
 inline LayerSpans LayerOf(const DeviceSpans& spans, int layer) {

@@ -83,12 +83,13 @@ __global__ void __launch_bounds__(kThreads)
         page = spans.pages +
                int64_t{spans.ring_pages[span * spans.ring_pages_per_span + at / T::kSlots]} *
                    T::kPageBytes;
-        evict = spans.ring_evict[span * (spans.window + 1) + at] != 0;
+        evict = spans.ring_evict[span * spans.evict_stride() + at] != 0;
       } else if (!survivors) {
         page = newest;
         slots = 1;
         slot = 0;
-        evict = spans.window > 0 && spans.ring_evict[span * (spans.window + 1) + spans.window] != 0;
+        evict =
+            spans.window > 0 && spans.ring_evict[span * spans.evict_stride() + spans.window] != 0;
       }
       const int64_t to = survivors ? (int64_t{g} * b.compact_rows + s.compact_row + token) * kDim
                                    : (int64_t{s.band_row + token} * b.num_kv_heads + g) * kDim;

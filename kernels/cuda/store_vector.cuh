@@ -27,11 +27,16 @@ inline __device__ uint32_t MaxOfQuarter(uint32_t x, const Quarter& quarter) {
 inline __device__ float FromHalf(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 inline __device__ uint16_t RoundToHalf(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// x and y, of magnitudes up to 448, rounded to e4m3.
-inline __device__ float2 RoundedToE4m3(float x, float y) {
-  const __nv_fp8x2_storage_t codes =
-      __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, __NV_E4M3);
-  return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
+// Codes of two values, and the values that codes stand for.
+__device__ __forceinline__ uint32_t E4m3Pair(float a, float b) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+}
+__device__ __forceinline__ float2 E4m3Values(uint32_t pair) {
+  return __half22float2(
+      __half2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3)));
+}
+__device__ __forceinline__ int Int8Code(float x) {
+  return __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f));
 }
 
 // 1 / s correctly rounded; s is a float16 above 0, or NaN.
@@ -69,27 +74,34 @@ __device__ uint16_t ScaleFor(uint32_t amax_bits, float max_code, Quotient quotie
   return scale;
 }
 
-struct Scale {
-  uint16_t half;
-  float inverse;  // 1 / half
+// A scale that a vector may take.
+struct Candidate {
+  uint32_t half;  // its bits
+  float scale, inverse;
 };
+__device__ __forceinline__ Candidate MakeCandidate(uint32_t half) {
+  const float scale = FromHalf(static_cast<uint16_t>(half));
+  return {.half = half, .scale = scale, .inverse = Reciprocal(scale)};
+}
+// The other one that E4m3ScaleFor() looks at: sqrt(2) times the smallest.
+__device__ __forceinline__ Candidate OtherE4m3Candidate(const Candidate& smallest) {
+  return MakeCandidate(
+      min(uint32_t{RoundToHalf(__fmul_rn(smallest.scale, 1.41421356237309504880f))}, 0x7bffu));
+}
 
-// kv_format's E4m3ScaleFor(): `smallest` or sqrt(2) times it. `sums` [2][16] is the
-// eight lanes' own.
+// kv_format's E4m3ScaleFor(): `smallest` or the other. `sums` [2][16] is the eight lanes' own.
 template <int kPairs>
-__device__ Scale BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
-                                 const Quarter& quarter, float* sums) {
-  const uint16_t other =
-      min(RoundToHalf(__fmul_rn(FromHalf(smallest), 1.41421356237309504880f)), uint16_t{0x7bff});
-  const float inverses[2] = {Reciprocal(FromHalf(smallest)), Reciprocal(FromHalf(other))};
+__device__ Candidate BetterE4m3Scale(const float2 (&x)[kPairs], const Candidate& smallest,
+                                     const Quarter& quarter, float* sums) {
+  const Candidate other = OtherE4m3Candidate(smallest);
 #pragma unroll
   for (int candidate = 0; candidate < 2; ++candidate) {
-    const float inverse = inverses[candidate];
+    const float inverse = candidate == 0 ? smallest.inverse : other.inverse;
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const float a = __fmul_rn(x[i].x, inverse), b = __fmul_rn(x[i].y, inverse);
-      const float2 rounded = RoundedToE4m3(a, b);
+      const float2 rounded = E4m3Values(E4m3Pair(a, b));
       const float ea = __fsub_rn(a, rounded.x), eb = __fsub_rn(b, rounded.y);
       sum.x = __fadd_rn(sum.x, __fmul_rn(ea, ea));
       sum.y = __fadd_rn(sum.y, __fmul_rn(eb, eb));
@@ -106,12 +118,12 @@ __device__ Scale BetterE4m3Scale(const float2 (&x)[kPairs], uint16_t smallest,
     const float4 part = parts[i];
     total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, part.x), part.y), part.z), part.w);
   }
-  const float scale = FromHalf(mine == 0 ? smallest : other);
+  const float scale = mine == 0 ? smallest.scale : other.scale;
   total = __fmul_rn(__fmul_rn(total, scale), scale);
   const float others = __shfl_xor_sync(quarter.mask, total, 1);
   __syncwarp(quarter.mask);  // the sums are read
   const bool take_other = mine == 0 ? others < total : total < others;
-  return take_other ? Scale{other, inverses[1]} : Scale{smallest, inverses[0]};
+  return take_other ? other : smallest;
 }
 
 // Quantizes the eight lanes' vector: its codes and scale go to the staged row, and x
@@ -136,33 +148,31 @@ __device__ void StoreVector(float2 (&x)[kPairs], const Quarter& quarter, float* 
         ScaleFor(MaxOfQuarter(__float_as_uint(most), quarter), kMaxCode,
                  [](float amax) { return Divide(amax, kMaxCode, 1.0f / kMaxCode); });
     const bool finite = smallest != 0x7e00;  // otherwise codes are 0 and values NaN
-    Scale chosen{smallest, 0.0f};
+    Candidate chosen = MakeCandidate(smallest);
     if constexpr (kElement == KvElement::kE4m3) {
-      const Scale better = BetterE4m3Scale(x, smallest, quarter, sums);
+      const Candidate better = BetterE4m3Scale(x, chosen, quarter, sums);
       if (finite) chosen = better;
-    } else {
-      chosen.inverse = Reciprocal(FromHalf(smallest));
     }
-    const uint16_t half = chosen.half;
-    const float scale = FromHalf(half), inverse = chosen.inverse;
-    if (quarter.lane == 0) *reinterpret_cast<uint16_t*>(scale_out) = half;
+    if (quarter.lane == 0) {
+      *reinterpret_cast<uint16_t*>(scale_out) = static_cast<uint16_t>(chosen.half);
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float a = Divide(x[i].x, scale, inverse), b = Divide(x[i].y, scale, inverse);
-      uint16_t codes;
+      const float a = Divide(x[i].x, chosen.scale, chosen.inverse);
+      const float b = Divide(x[i].y, chosen.scale, chosen.inverse);
+      uint32_t codes;
       float2 value;
       if constexpr (kElement == KvElement::kE4m3) {
-        codes = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-        value = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3)));
+        codes = E4m3Pair(a, b);
+        value = E4m3Values(codes);
       } else {
-        const int ia = __float2int_rn(fminf(fmaxf(a, -127.0f), 127.0f));
-        const int ib = __float2int_rn(fminf(fmaxf(b, -127.0f), 127.0f));
-        codes = static_cast<uint16_t>((ia & 0xff) | (ib & 0xff) << 8);
+        const int ia = Int8Code(a), ib = Int8Code(b);
+        codes = (ia & 0xff) | (ib & 0xff) << 8;
         value = make_float2(static_cast<float>(ia), static_cast<float>(ib));
       }
       *reinterpret_cast<uint16_t*>(codes_out + 2 * (8 * i + quarter.lane)) =
-          finite ? codes : uint16_t{0};
-      x[i] = make_float2(__fmul_rn(scale, value.x), __fmul_rn(scale, value.y));
+          static_cast<uint16_t>(finite ? codes : 0);
+      x[i] = make_float2(__fmul_rn(chosen.scale, value.x), __fmul_rn(chosen.scale, value.y));
     }
   }
 }

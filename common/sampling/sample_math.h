@@ -44,6 +44,23 @@ constexpr double SamplePower(int j) {
 
 namespace sample_internal {
 
+inline constexpr double kCoefficients[] = {0x1.5d87fe78a6731p-30, 0x1.3b2ab6fba4e77p-23,
+                                           0x1.c6b08d704a0c0p-17, 0x1.ebfbdff82c58fp-11,
+                                           0x1.62e42fefa39efp-5};
+#if defined(__CUDACC__)
+// Operands from there; literals take two instructions a use.
+static __constant__ double kDeviceCoefficients[] = {
+    kCoefficients[0], kCoefficients[1], kCoefficients[2], kCoefficients[3], kCoefficients[4]};
+#endif
+
+WINNOW_HOST_DEVICE inline double Coefficient(int i) {
+#if defined(__CUDA_ARCH__)
+  return kDeviceCoefficients[i];
+#else
+  return kCoefficients[i];
+#endif
+}
+
 // Never fused, whatever the compiler thinks.
 WINNOW_HOST_DEVICE inline double Mul(double a, double b) {
 #if defined(__CUDA_ARCH__)
@@ -95,16 +112,16 @@ WINNOW_HOST_DEVICE inline uint64_t SampleWeight(float logit, float max_logit, do
   const int32_t n = static_cast<int32_t>(Bits(shifted));
   const double f = Add(t, -Add(shifted, -0x1.8p52));
   // 2^(f / 16): Taylor's series to the fifth power, whose next term is below 2^-42.
-  double p = 0x1.5d87fe78a6731p-30;
-  p = Add(Mul(p, f), 0x1.3b2ab6fba4e77p-23);
-  p = Add(Mul(p, f), 0x1.c6b08d704a0c0p-17);
-  p = Add(Mul(p, f), 0x1.ebfbdff82c58fp-11);
-  p = Add(Mul(p, f), 0x1.62e42fefa39efp-5);
+  double p = Coefficient(0);
+  p = Add(Mul(p, f), Coefficient(1));
+  p = Add(Mul(p, f), Coefficient(2));
+  p = Add(Mul(p, f), Coefficient(3));
+  p = Add(Mul(p, f), Coefficient(4));
   p = Add(Mul(p, f), 1.0);
   p = Mul(p, powers[n & 15]);
   const int64_t exponent = (n >> 4) + kSampleWeightBits;
   const double weight = FromBits(Bits(p) + (static_cast<uint64_t>(exponent) << 52));
-  return counts ? Bits(Add(weight, 0x1p52)) & ((uint64_t{1} << 52) - 1) : 0;
+  return Bits(Add(weight, 0x1p52)) & ((uint64_t{1} << 52) - 1);  // at the cutoff 0
 }
 
 // 53 random bits of a key, on top of eleven zeros.

@@ -4,6 +4,7 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "common/sampling/sample_math.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sample.h"
 #include "kernels/cuda/sample_team.cuh"
@@ -165,7 +166,7 @@ struct Row {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         const float place = Bin(x[j]);
-        bin[j] = place < kBins ? static_cast<int>(place) : -1;
+        bin[j] = place < kBins ? static_cast<int>(place) : s.bins.Nowhere();
         if constexpr (kWeights) weight[j] = Weight(x[j]);
       }
       s.bins.template Add<kVec, kWeights>(bin, weight);
@@ -302,7 +303,7 @@ struct Row {
         for (int j = 0; j < kVec; ++j) {
           const uint64_t key = RankKey(x[j], id + j);
           const bool mine = in_bin(x[j]) && matches(key);
-          digit[j] = mine ? static_cast<int>(key >> shift & (kDigits - 1)) : -1;
+          digit[j] = mine ? static_cast<int>(key >> shift & (kDigits - 1)) : s.digits.Nowhere();
           weight[j] = Weight(x[j]);
         }
         s.digits.template Add<kVec, true>(digit, weight);
@@ -377,15 +378,22 @@ struct Row {
       team.Sync();  // before the bins are cleared
     }
     FillBins<true>();
-    if (p.top_k > 0 && p.top_k < vocab) {
-      const Place place = Locate(s.bins, true, static_cast<uint64_t>(p.top_k) - 1);
-      total = place.bin < 0 ? place.total.weight
-                            : Select(true, static_cast<uint64_t>(p.top_k) - 1).weight;
-    } else {
-      total = Locate(s.bins, false, ~uint64_t{0}).total.weight;
+    const bool by_rank = p.top_k > 0 && p.top_k < vocab;
+    const Place place =
+        Locate(s.bins, by_rank, by_rank ? static_cast<uint64_t>(p.top_k) - 1 : ~uint64_t{0});
+    total = place.total.weight;
+    // One piece of code for all three limits: top-k's count, top-p's sum, the draw.
+    enum { kTopK, kTopP, kDraw };
+#pragma unroll 1
+    for (int limit_of = by_rank && place.bin >= 0 ? kTopK : kTopP;; ++limit_of) {
+      if (limit_of == kTopP && p.top_p >= 1.0f) continue;
+      const uint64_t limit = limit_of == kTopK   ? static_cast<uint64_t>(p.top_k) - 1
+                             : limit_of == kTopP ? SampleEnough(p.top_p, total) - 1
+                                                 : SampleTarget(bits, total);
+      const Found found = Select(limit_of == kTopK, limit);
+      if (limit_of == kDraw) return found.id;
+      total = found.weight;
     }
-    if (p.top_p < 1.0f) total = Select(false, SampleEnough(p.top_p, total) - 1).weight;
-    return Select(false, SampleTarget(bits, total)).id;
   }
 };
 
@@ -433,10 +441,7 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SampleCudaPara
 absl::Status TeamSize(const SampleCudaParams& p, int* size) {
   cudaFuncAttributes attributes;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, SampleKernel<true>)));
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
   *size = 1;
   if (attributes.ptxVersion < 90) return absl::OkStatus();
   while (*size < kMaxTeam && p.vocab / *size > 4096 && 2 * *size * p.num_rows <= num_sms) {

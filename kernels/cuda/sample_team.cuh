@@ -28,17 +28,23 @@ __device__ __forceinline__ float LogitOf(uint64_t rank_key) {
 
 template <int kSize>
 struct Histogram {
-  uint32_t count[kSize], low[kSize], high[kSize];  // high and low: a sum of weights
+  // `high` and `low`: a sum of weights. Behind the bins a place for each lane of a warp, which
+  // takes what has none: adding nothing is cheaper than a branch around an addition.
+  uint32_t count[kSize + 32], low[kSize + 32], high[kSize + 32];
 
+  __device__ static int Nowhere() { return kSize + static_cast<int>(threadIdx.x) % 32; }
   __device__ uint64_t Weight(int i) const { return static_cast<uint64_t>(high[i]) << 32 | low[i]; }
-  // Counts kNum tokens, and their weights, in bins; one below 0 is none. Adds of 32 bits are
-  // native in shared memory, of 64 they are not.
+  // Counts kNum tokens, and their weights, in bins, Nowhere() if in none; a whole warp. Adds of
+  // 32 bits are native in shared memory, of 64 they are not.
   template <int kNum, bool kWeights>
   __device__ __forceinline__ void Add(const int (&bin)[kNum], const uint64_t (&weight)[kNum]) {
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < kNum; ++j) any |= bin[j] < kSize;
+    if (!__any_sync(0xffffffffu, any)) return;
     uint32_t before[kNum];
 #pragma unroll
     for (int j = 0; j < kNum; ++j) {
-      if (bin[j] < 0) continue;
       atomicAdd(&count[bin[j]], 1);
       if constexpr (kWeights) {
         before[j] = atomicAdd(&low[bin[j]], static_cast<uint32_t>(weight[j]));
@@ -50,7 +56,7 @@ struct Histogram {
         const uint32_t add = static_cast<uint32_t>(weight[j]);
         const uint32_t carry = before[j] + add < add ? 1 : 0;
         const uint32_t add_high = static_cast<uint32_t>(weight[j] >> 32) + carry;
-        if (bin[j] >= 0 && add_high != 0) atomicAdd(&high[bin[j]], add_high);
+        atomicAdd(&high[add_high != 0 ? bin[j] : Nowhere()], add_high);
       }
     }
   }

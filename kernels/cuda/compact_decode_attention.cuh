@@ -95,18 +95,22 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  if (tid < args.ring_slots) {
-    RingBarrierInit(&shared.full[tid], kFillArrivals);
-    RingBarrierInit(&shared.empty[tid], ptx::kWarpArrivals);
-  }
-  if (tid < Shared::kStages) {
-    RingBarrierInit(&shared.piece_full[tid], 32);
-    RingBarrierInit(&shared.piece_empty[tid], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
-  }
-  if (tid == 0) {
-    RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
-    RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
-    RingBarrierInit(&shared.gathered, 1);
+  if (warp == 0) {
+    if (lane < args.ring_slots) {
+      RingBarrierInit(&shared.full[lane], kFillArrivals);
+      RingBarrierInit(&shared.empty[lane], ptx::kWarpArrivals);
+    }
+    if (lane < Shared::kStages) {
+      RingBarrierInit(&shared.piece_full[lane], 32);
+      RingBarrierInit(&shared.piece_empty[lane], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
+    }
+    if (lane == 0) {
+      RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
+      RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
+      RingBarrierInit(&shared.gathered, 1);
+    }
+    // Keeps this a branch: racecheck records writes that other warps skip by a uniform predicate.
+    __syncwarp();
   }
 #if WINNOW_SM90A
   ptx::FenceBarrierInit();

@@ -5,17 +5,16 @@ namespace winnow::kernels::internal {
 absl::Status EnqueueGemvSm90Bf16(const GemvParams& params, StreamHandle stream) {
   const GemvBf16Args args = GemvBf16ArgsOf(params);
   if (params.k > kGemvSlice) {
-    return params.m <= 8 ? EnqueueGemvBf16<1, 12, 2, 12, 1, true>(args, stream)
-                         : EnqueueGemvBf16<2, 12, 2, 11, 1, true>(args, stream);
+    return params.m <= 8 ? EnqueueGemvBf16<1, true>(args, stream)
+                         : EnqueueGemvBf16<2, true>(args, stream);
   }
-  return params.m <= 8 ? EnqueueGemvBf16<1, 12, 2, 14, 1, false>(args, stream)
-                       : EnqueueGemvBf16<2, 12, 2, 14, 1, false>(args, stream);
+  return params.m <= 8 ? EnqueueGemvBf16<1, false>(args, stream)
+                       : EnqueueGemvBf16<2, false>(args, stream);
 }
 
 bool HaveGemvSm90Code() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, GemvBf16Kernel<1, 12, 2, 14, 1, false>) ==
-             cudaSuccess &&
+  return cudaFuncGetAttributes(&attributes, GemvBf16Kernel<1, false>) == cudaSuccess &&
          attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
 }
 

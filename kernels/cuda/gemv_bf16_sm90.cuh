@@ -22,12 +22,17 @@ namespace winnow::kernels::internal {
 
 inline constexpr int kGemvBf16Threads = 32 * kGemvMathWarps;
 inline constexpr int kGemvWarpStage = kGemvStage / kGemvMathWarps;
+inline constexpr int kGemvPassTiles = 6;  // whose sums a warp has in registers
+inline constexpr int kGemvHeld = 2;       // chunks of x that it has
+inline constexpr int kGemvBehindX = 1;    // stages of the first fill that are copied after x
+template <bool kPair>
+inline constexpr int kGemvDepth = kPair ? 11 : 14;  // stages of a ring
 // Floats between rows of w in a warp's sums of a tile: free of bank conflicts.
 template <int kTiles>
 inline constexpr int kGemvRowFloats = kTiles == 1 ? 8 : 24;
 // Of 16 bytes, that the other block of a cluster fills: a lane's sums of every other tile.
-template <int kTiles, int kRows, bool kPair>
-inline constexpr int kGemvInboxQuads = kPair ? (kRows + 1) / 2 * kTiles * 32 : 0;
+template <int kTiles, bool kPair>
+inline constexpr int kGemvInboxQuads = kPair ? (kGemvPassTiles + 1) / 2 * kTiles * 32 : 0;
 
 struct GemvBf16Args {
   GemvParams p;
@@ -41,7 +46,7 @@ struct GemvBf16Args {
 struct GemvPart {
   int first, end, tiles, pass_tiles, rank;
 };
-template <int kRows, bool kPair>
+template <bool kPair>
 __device__ __forceinline__ GemvPart PartOf(const GemvBf16Args& a) {
   constexpr int kBlocks = kPair ? 2 : 1;
   const int64_t units = a.units, parts = static_cast<int>(gridDim.x) / kBlocks;
@@ -49,7 +54,7 @@ __device__ __forceinline__ GemvPart PartOf(const GemvBf16Args& a) {
   const int first = static_cast<int>(units * part / parts);
   const int end = static_cast<int>(units * (part + 1) / parts);
   const int tiles = (end - first + a.tile_units - 1) / a.tile_units;
-  const int passes = (tiles + kRows - 1) / kRows;
+  const int passes = (tiles + kGemvPassTiles - 1) / kGemvPassTiles;
   return {.first = first,
           .end = end,
           .tiles = tiles,
@@ -57,9 +62,9 @@ __device__ __forceinline__ GemvPart PartOf(const GemvBf16Args& a) {
           .rank = block % kBlocks};
 }
 
-// A warp's copies, running ahead of the products: for each pass, for each kHeld chunks of k, a
+// A warp's copies, running ahead of the products: for each pass, for each kGemvHeld chunks of k, a
 // stage for each of them of x, then of each tile. A lane has 16 bytes of every fourth row.
-template <int kTiles, int kHeld>
+template <int kTiles>
 class GemvStream {
  public:
   __device__ __forceinline__ GemvStream(const GemvBf16Args& a, const GemvPart& part, int warp,
@@ -119,7 +124,7 @@ class GemvStream {
       left_ -= tile_units_;
     }
     if (tile_ < min(pass_tiles_, tiles_)) return;
-    chunk_ += kHeld;
+    chunk_ += kGemvHeld;
     if (chunk_ >= num_chunks_) {
       chunk_ = 0;
       tiles_ -= pass_tiles_;
@@ -134,7 +139,7 @@ class GemvStream {
     tile_ = -1;
     w_ = pass_w_ + chunk_ * kGemvChunk;
     left_ = pass_left_;
-    held_ = min(kHeld, num_chunks_ - chunk_);
+    held_ = min(kGemvHeld, num_chunks_ - chunk_);
     inside_ = room_ - chunk_ * kGemvChunk;
   }
 
@@ -196,11 +201,11 @@ struct GemvInbox {
 };
 
 // Adds up the warps' sums of `tiles` tiles in `area`, then the halves', and stores.
-template <int kTiles, int kDepth, bool kPair>
+template <int kTiles, bool kPair>
 __device__ __forceinline__ void AddUp(const GemvBf16Args& args, const GemvPart& part, int tile0,
                                       int tiles, const float* area, GemvInbox* inbox) {
   constexpr int kBlocks = kPair ? 2 : 1;
-  constexpr int kWarpFloats = kDepth * kGemvWarpStage / 4;
+  constexpr int kWarpFloats = kGemvDepth<kPair> * kGemvWarpStage / 4;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int mine = (tiles + kBlocks - 1 - part.rank) / kBlocks;  // every other tile
   if (kPair && mine > 0 && threadIdx.x == 0) {
@@ -243,21 +248,23 @@ __device__ __forceinline__ void AddUp(const GemvBf16Args& args, const GemvPart& 
 }
 
 // The end of a pass: all of the ring is free if it is the `last`, else a stage of each warp.
-template <int kTiles, int kRows, int kDepth, bool kPair>
+template <int kTiles, bool kPair>
 __device__ __forceinline__ void FinishPass(const GemvBf16Args& args, const GemvPart& part,
                                            int tile0, int tiles, bool last, int free_stage,
-                                           uint8_t* ring, const float (&sums)[kRows][kTiles][4],
+                                           uint8_t* ring,
+                                           const float (&sums)[kGemvPassTiles][kTiles][4],
                                            GemvInbox* inbox) {
   constexpr int kRow = kGemvRowFloats<kTiles>, kTile = 16 * kRow;
-  static_assert(4 * kTile <= kGemvWarpStage && 4 * kTile * kRows <= kDepth * kGemvWarpStage);
+  constexpr int kWarpFloats = kGemvDepth<kPair> * kGemvWarpStage / 4;
+  static_assert(4 * kTile <= kGemvWarpStage && kTile * kGemvPassTiles <= kWarpFloats);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = last ? tiles : 1;
   auto* area = reinterpret_cast<float*>(ring + (last ? 0 : free_stage * kGemvWarpStage));
-  float* to = area + warp * (kDepth * kGemvWarpStage / 4) + lane / 4 * kRow + lane % 4 * 2;
+  float* to = area + warp * kWarpFloats + lane / 4 * kRow + lane % 4 * 2;
 #pragma unroll 1
   for (int first = 0; first < tiles; first += group) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kGemvPassTiles; ++r) {
       if (r >= tiles) break;
       if (!last && r != first) continue;
       float* out = to + (last ? r * kTile : 0);
@@ -269,7 +276,7 @@ __device__ __forceinline__ void FinishPass(const GemvBf16Args& args, const GemvP
       }
     }
     __syncthreads();
-    AddUp<kTiles, kDepth, kPair>(args, part, tile0 + first, group, area, inbox);
+    AddUp<kTiles, kPair>(args, part, tile0 + first, group, area, inbox);
     if (last) continue;
     if constexpr (kPair) {  // the inbox is free again, too
       ClusterArrive();
@@ -281,20 +288,19 @@ __device__ __forceinline__ void FinishPass(const GemvBf16Args& args, const GemvP
 }
 
 // A warp's ring of kDepth stages, of which kDepth - 1 are under way.
-template <int kTiles, int kHeld, int kDepth>
+template <int kTiles, int kDepth>
 class GemvRing {
  public:
-  __device__ __forceinline__ GemvRing(uint8_t* stages, const GemvStream<kTiles, kHeld>& copies)
+  __device__ __forceinline__ GemvRing(uint8_t* stages, const GemvStream<kTiles>& copies)
       : stages_(ptx::SharedAddress(stages)), copies_(copies) {}
 
-  // Weights first; once x may be read its stages, and kBehind of the weights' behind them.
-  template <int kBehind>
+  // Weights first; once x may be read its stages, and kGemvBehindX of the weights' behind them.
   __device__ __forceinline__ void Fill() {
-    static_assert(kBehind > 0);
-    GemvStream<kTiles, kHeld> x = copies_;
+    static_assert(kGemvBehindX > 0);
+    GemvStream<kTiles> x = copies_;
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) {
-      if (i == kDepth - 1 - kBehind) {
+      if (i == kDepth - 1 - kGemvBehindX) {
         ptx::WaitForPredecessors();
 #pragma unroll 1
         for (int j = 0; j < kDepth - 1; ++j) {
@@ -305,7 +311,7 @@ class GemvRing {
       copies_.template Next<false, true>(stages_ + i * kGemvWarpStage);
       CommitCopies();
     }
-    WaitCopies<kBehind>();
+    WaitCopies<kGemvBehindX>();
   }
   // The next stage, when it has come.
   __device__ __forceinline__ uint32_t Wait() {
@@ -323,15 +329,15 @@ class GemvRing {
 
  private:
   const uint32_t stages_;
-  GemvStream<kTiles, kHeld> copies_;
+  GemvStream<kTiles> copies_;
   int stage_ = 0;
 };
 
 // Adds the products of a pass to `sums`.
-template <int kTiles, int kRows, int kHeld, int kDepth>
-__device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kHeld, kDepth>* ring, int tiles,
+template <int kTiles, int kDepth>
+__device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kDepth>* ring, int tiles,
                                              int num_chunks, int lane,
-                                             float (&sums)[kRows][kTiles][4]) {
+                                             float (&sums)[kGemvPassTiles][kTiles][4]) {
   // Of the four matrices of 8 rows by 16 bytes that a load takes: of w two rows by two columns; of
   // x the same turned, or of eight rows four columns.
   const int matrix = lane / 8, line = lane % 8;
@@ -339,11 +345,11 @@ __device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kHeld, kDepth>* ri
   const int read_x =
       kTiles == 2 ? StageAt(line + 8 * (matrix / 2), matrix % 2) : StageAt(line, matrix);
 #pragma unroll 1
-  for (int c = 0; c < num_chunks; c += kHeld) {
-    const int held = min(kHeld, num_chunks - c);
-    uint4 x[kHeld][2 * kTiles];
+  for (int c = 0; c < num_chunks; c += kGemvHeld) {
+    const int held = min(kGemvHeld, num_chunks - c);
+    uint4 x[kGemvHeld][2 * kTiles];
 #pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
+    for (int h = 0; h < kGemvHeld; ++h) {
       if (h >= held) break;
       const uint32_t from = ring->Wait();
 #pragma unroll
@@ -353,10 +359,10 @@ __device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kHeld, kDepth>* ri
       ring->Pass();
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kGemvPassTiles; ++r) {
       if (r >= tiles) break;
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
+      for (int h = 0; h < kGemvHeld; ++h) {
         if (h >= held) break;
         const uint32_t from = ring->Wait();
         uint4 w[4];
@@ -380,12 +386,13 @@ __device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kHeld, kDepth>* ri
 }
 #endif  // WINNOW_SM90A
 
-// Rows of x come in kTiles eights, sums are of at most kRows tiles of w. Dynamic shared memory: a
-// ring of kDepth stages | the inbox.
-template <int kTiles, int kRows, int kHeld, int kDepth, int kBehind, bool kPair>
+// Rows of x come in kTiles eights; kPair: k past kGemvSlice. Dynamic shared memory: the rings | the
+// inbox.
+template <int kTiles, bool kPair>
 __global__ void __launch_bounds__(kGemvBf16Threads, 1)
     GemvBf16Kernel(const __grid_constant__ GemvBf16Args args) {
 #if WINNOW_SM90A
+  constexpr int kDepth = kGemvDepth<kPair>;
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ uint64_t inbox_full;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -400,23 +407,23 @@ __global__ void __launch_bounds__(kGemvBf16Threads, 1)
     __syncwarp();
     ClusterArrive();
   }
-  const GemvPart part = PartOf<kRows, kPair>(args);
-  GemvRing<kTiles, kHeld, kDepth> ring(memory + warp * kDepth * kGemvWarpStage,
-                                       GemvStream<kTiles, kHeld>(args, part, warp, lane));
-  ring.template Fill<kBehind>();
+  const GemvPart part = PartOf<kPair>(args);
+  GemvRing<kTiles, kDepth> ring(memory + warp * kDepth * kGemvWarpStage,
+                                GemvStream<kTiles>(args, part, warp, lane));
+  ring.Fill();
   if constexpr (kPair) ClusterWaitAll();  // before the first message
 #pragma unroll 1
   for (int tile0 = 0; tile0 < part.tiles; tile0 += part.pass_tiles) {
     const int tiles = min(part.pass_tiles, part.tiles - tile0);
-    float sums[kRows][kTiles][4] = {};
-    MultiplyPass<kTiles, kRows, kHeld, kDepth>(&ring, tiles, args.num_chunks, lane, sums);
-    FinishPass<kTiles, kRows, kDepth, kPair>(args, part, tile0, tiles, tile0 + tiles >= part.tiles,
-                                             ring.Before(), memory, sums, &inbox);
+    float sums[kGemvPassTiles][kTiles][4] = {};
+    MultiplyPass<kTiles, kDepth>(&ring, tiles, args.num_chunks, lane, sums);
+    FinishPass<kTiles, kPair>(args, part, tile0, tiles, tile0 + tiles >= part.tiles, ring.Before(),
+                              memory, sums, &inbox);
   }
 #endif
 }
 
-template <int kTiles, int kRows, int kHeld, int kDepth, int kBehind, bool kPair>
+template <int kTiles, bool kPair>
 absl::Status EnqueueGemvBf16(const GemvBf16Args& args, StreamHandle stream) {
   static std::atomic<int> known[kGemvDevices];
   constexpr int kBlocks = kPair ? 2 : 1;
@@ -431,11 +438,11 @@ absl::Status EnqueueGemvBf16(const GemvBf16Args& args, StreamHandle stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(kBlocks);
   config.blockDim = dim3(kGemvBf16Threads);
-  config.dynamicSmemBytes = kDepth * kGemvStage + 16 * kGemvInboxQuads<kTiles, kRows, kPair>;
+  config.dynamicSmemBytes = kGemvDepth<kPair> * kGemvStage + 16 * kGemvInboxQuads<kTiles, kPair>;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = kPair ? 2 : 1;
-  const auto kernel = GemvBf16Kernel<kTiles, kRows, kHeld, kDepth, kBehind, kPair>;
+  const auto kernel = GemvBf16Kernel<kTiles, kPair>;
   WINNOW_ASSIGN_OR_RETURN(const int clusters,
                           GemvClusters(kernel, config, kBlocks, device,
                                        device < kGemvDevices ? &known[device] : nullptr));

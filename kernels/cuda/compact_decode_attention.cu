@@ -76,8 +76,9 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
     return absl::UnimplementedError(
         absl::StrCat("compact_decode_attention: head_dim=", spans.head_dim, " is not 64 or 128"));
   }
-  if (p.num_seqs < 0 || p.num_heads < 1 || p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 ||
-      p.layer >= spans.num_layers || p.plan.max_pieces < 1) {
+  if (p.num_seqs < 0 || p.num_seqs > kMaxDecodeRows / spans.num_kv_heads || p.num_heads < 1 ||
+      p.num_heads % spans.num_kv_heads != 0 || p.layer < 0 || p.layer >= spans.num_layers ||
+      p.plan.max_pieces < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("compact_decode_attention: num_seqs=", p.num_seqs, " num_heads=", p.num_heads,
                      " num_kv_heads=", spans.num_kv_heads, " layer=", p.layer, " of ",
@@ -116,7 +117,7 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
   const device::CompactDecodeArgs args = {
       .pieces = p.plan.pieces + static_cast<int64_t>(p.layer) * p.plan.max_pieces,
       .num_pieces = p.plan.num_pieces + p.layer,
-      .next_piece = p.plan.next_piece + 2 * p.layer,
+      .next_piece = p.plan.next_piece + int64_t{2} * p.layer,
       .arrivals = p.plan.arrivals,
       .partial_out = p.plan.partial_out,
       .partial_norm = p.plan.partial_norm,

@@ -84,6 +84,24 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
   }
 }
 
+// By the first 32 threads.
+template <typename Shared>
+__device__ __forceinline__ void InitBarriers(Shared& shared, int ring_slots, int tid) {
+  if (tid < ring_slots) {
+    RingBarrierInit(&shared.full[tid], kFillArrivals);
+    RingBarrierInit(&shared.empty[tid], ptx::kWarpArrivals);
+  }
+  if (tid < Shared::kStages) {
+    RingBarrierInit(&shared.piece_full[tid], 32);
+    RingBarrierInit(&shared.piece_empty[tid], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
+  }
+  if (tid == 0) {
+    RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
+    RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
+    RingBarrierInit(&shared.gathered, 1);
+  }
+}
+
 template <KvElement kK, KvElement kV, int kDim, int kHeads>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     CompactDecodeKernel(const __grid_constant__ CUtensorMap map,
@@ -95,23 +113,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
+#ifdef WINNOW_RACECHECK
+  // It records writes that other warps skip by a uniform predicate; here they skip by a branch.
   if (warp == 0) {
-    if (lane < args.ring_slots) {
-      RingBarrierInit(&shared.full[lane], kFillArrivals);
-      RingBarrierInit(&shared.empty[lane], ptx::kWarpArrivals);
-    }
-    if (lane < Shared::kStages) {
-      RingBarrierInit(&shared.piece_full[lane], 32);
-      RingBarrierInit(&shared.piece_empty[lane], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
-    }
-    if (lane == 0) {
-      RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
-      RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
-      RingBarrierInit(&shared.gathered, 1);
-    }
-    // Keeps this a branch: racecheck records writes that other warps skip by a uniform predicate.
+    InitBarriers(shared, args.ring_slots, tid);
     __syncwarp();
   }
+#else
+  InitBarriers(shared, args.ring_slots, tid);
+#endif
 #if WINNOW_SM90A
   ptx::FenceBarrierInit();
 #endif

@@ -256,8 +256,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 absl::Status ValidateDecodePlan(const DecodePlanParams& p) {
   WINNOW_RETURN_IF_ERROR(ValidateDeviceSpans("decode_plan", p.spans));
-  constexpr int kMostRows = 1 << 24;  // shares of rows are counted in 32 bits
-  if (p.num_seqs < 0 || p.num_seqs > kMostRows / p.spans.num_kv_heads || p.plan.max_pieces < 1) {
+  if (p.num_seqs < 0 || p.num_seqs > kMaxDecodeRows / p.spans.num_kv_heads ||
+      p.plan.max_pieces < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat("decode_plan: num_seqs=", p.num_seqs, " max_pieces=", p.plan.max_pieces));
   }

@@ -19,6 +19,8 @@ namespace winnow::kernels {
 
 inline constexpr int kPagesPerUnit = 8;
 inline constexpr int kMaxPieces = 32;  // of a span
+// Spans of a layer, sequences * KV heads, of one launch: their shares are counted in 32 bits.
+inline constexpr int kMaxDecodeRows = 1 << 24;
 
 // One up to 64 pages; beyond, the least from three on that makes at most kMaxPieces pieces.
 constexpr int PieceUnits(int num_pages) {
@@ -81,7 +83,7 @@ struct DecodePlanParams {
   int force_blocks = 0;
 };
 
-// INVALID_ARGUMENT for a null pointer or a bad shape.
+// INVALID_ARGUMENT for a null pointer, a bad shape or more than kMaxDecodeRows.
 absl::Status ValidateDecodePlan(const DecodePlanParams& params);
 // Reads the states as they are when the step's tokens have entered.
 absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle stream);

@@ -197,6 +197,7 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](auto& p) { p.num_heads = 18; }), absl::StatusCode::kUnimplemented);
   EXPECT_EQ(code([](auto& p) { p.num_heads = 5; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.layer = 1; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.num_seqs = kMaxDecodeRows / 2 + 1; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.spans.window = -1; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.plan.max_pieces = 0; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.q = p.q + 1; }), invalid);
@@ -206,8 +207,8 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
     return ValidateDecodePlan(
         {.spans = good.spans, .slots = ints, .num_seqs = num_seqs, .plan = good.plan});
   };
-  EXPECT_EQ(rows((1 << 23) + 1).code(), invalid);
-  EXPECT_TRUE(rows(1 << 23).ok()) << rows(1 << 23);
+  EXPECT_EQ(rows(kMaxDecodeRows / 2 + 1).code(), invalid);
+  EXPECT_TRUE(rows(kMaxDecodeRows / 2).ok()) << rows(kMaxDecodeRows / 2);
 }
 }  // namespace
 }  // namespace winnow::kernels

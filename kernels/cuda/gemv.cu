@@ -15,7 +15,7 @@ namespace {
 constexpr int kPortableWarps = 8;
 
 // The portable kernel: a block a tile of 16 rows, which its warps share by steps of 64 bytes of
-// each row; their sums are added in order. The fragments are those of gemv_sm90.cuh.
+// each row; their sums are added in order. The fragments are those of gemv_bf16_sm90.cuh.
 template <bool kE4m3, int kTiles>
 __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const GemvParams p) {
   __shared__ float4 warp_sums[kPortableWarps][32 * kTiles];

@@ -1,9 +1,123 @@
-#include "kernels/cuda/gemv_sm90.cuh"
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "common/base/status_macros.h"
+#include "common/cuda/cuda_status.h"
+#include "kernels/cuda/gemv_e4m3_sm90.cuh"
+#include "kernels/cuda/gemv_launch.cuh"
+#include "kernels/cuda/gemv_sm90.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace winnow::kernels::internal {
+namespace {
+
+constexpr int kHalfBytes = 112 * 1024;  // of which an SM has two
+constexpr int kRingBytes = 96 * 1024;   // at least
+
+// Of w, as CopyWeights() asks for it.
+template <int kM, int kWide>
+absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
+  const bool paired = a.p.epilogue == GemvEpilogue::kSiluMul;
+  const auto n = static_cast<uint64_t>(a.p.n), k = static_cast<uint64_t>(a.p.k);
+  const uint32_t rows = E4m3Shape<kM>::kRows / (paired ? 2 : 1);
+  const auto make = [&](std::span<const uint64_t> sizes, std::span<const uint64_t> strides,
+                        std::span<const uint32_t> box) {
+    return MakeTensorMap(CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, a.p.w, sizes, strides, box);
+  };
+  if (!a.whole_parts) {
+    const uint64_t sizes[] = {k, n}, strides[] = {k};
+    const uint32_t box[] = {kE4m3Chunk, rows};
+    return make(sizes, strides, box);
+  }
+  // k of a unit, rows, gate and up, units.
+  const uint64_t halves = paired ? 2 : 1, units = a.cluster * E4m3Shape<kM>::kUnits;
+  const uint64_t sizes[] = {k / units, n / halves, halves, units};
+  const uint64_t strides[] = {k, n / halves * k, k / units};
+  const uint32_t box[] = {kE4m3Chunk, rows, static_cast<uint32_t>(halves), E4m3Shape<kM>::kUnits};
+  return make(sizes, strides, box);
+}
+
+template <int kM, int kWide>
+absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
+  using S = E4m3Shape<kM>;
+  static std::atomic<int> known[kGemvDevices][2];
+  int device = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, (WeightMap<kM, kWide>(args)));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(args.cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(args.cluster));
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes =
+      static_cast<size_t>(E4m3SharedBytes<kM, kWide>(args.stages, args.slots));
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = args.cluster > 1 ? 2 : 1;
+  const auto kernel = GemvE4m3Kernel<kM, kWide>;
+  WINNOW_ASSIGN_OR_RETURN(
+      const int clusters,
+      GemvClusters(kernel, config, args.cluster, device,
+                   device < kGemvDevices ? &known[device][args.cluster - 1] : nullptr));
+  config.gridDim.x = static_cast<unsigned>(std::min(clusters, args.num_tiles) * args.cluster);
+  return CudaStatus(cudaLaunchKernelEx(&config, kernel, args, map));
+}
+
+template <int kM, int kWide>
+absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
+  using S = E4m3Shape<kM>;
+  constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
+  E4m3Args args{.p = p, .chunks = chunks};
+  const bool paired = p.epilogue == GemvEpilogue::kSiluMul;
+  const int tile_columns = paired ? S::kRows / 2 : S::kRows;
+  args.num_tiles = ((paired ? p.n / 2 : p.n) + tile_columns - 1) / tile_columns;
+  args.whole_parts = p.k == kE4m3Parts * chunks * kE4m3Chunk;
+  int most = kGemvSharedBytes;
+  const auto fits = [&](int stages) {
+    return E4m3SharedBytes<kM, kWide>(stages, args.slots) <= most;
+  };
+  // All of x if it fits, else of half of k; else slots that are filled again for each tile.
+  bool held = false;
+  for (int cluster = 1; cluster <= std::min(S::kPasses, 2) && !held; ++cluster) {
+    args.cluster = cluster;
+    args.passes = S::kPasses / cluster;
+    args.slots = args.passes * chunks / kWide;
+    held = args.slots <= kE4m3MaxSlots && fits(kLeastStages);
+  }
+  if (!held) {
+    args.slots = std::min(args.slots, kE4m3MaxSlots);
+    while (args.slots > kE4m3MinSlots && !fits(kLeastStages)) --args.slots;
+  }
+  // With half the memory the next kernel's blocks fill their rings while these run out.
+  if (S::kBlocks == 2 && E4m3SharedBytes<kM, kWide>(kLeastStages, args.slots) <= kHalfBytes) {
+    most = kHalfBytes;
+  }
+  args.stages = kE4m3MaxStages / kWide;
+  while (!fits(args.stages)) --args.stages;
+  return EnqueueKernel<kM, kWide>(args, stream);
+}
+
+template <int kM>
+absl::Status Enqueue(const GemvParams& p, StreamHandle stream) {
+  const int chunks = (p.k + kE4m3Chunk * kE4m3Parts - 1) / (kE4m3Chunk * kE4m3Parts);
+  return chunks % 2 == 0 ? Enqueue<kM, 2>(p, chunks, stream) : Enqueue<kM, 1>(p, chunks, stream);
+}
+
+}  // namespace
 
 absl::Status EnqueueGemvSm90E4m3(const GemvParams& params, StreamHandle stream) {
-  return params.m <= 8 ? EnqueueGemvSm90<1>(params, stream) : EnqueueGemvSm90<2>(params, stream);
+  if (params.m == 1) return Enqueue<1>(params, stream);
+  if (params.m == 2) return Enqueue<2>(params, stream);
+  if (params.m <= 4) return Enqueue<4>(params, stream);
+  if (params.m <= 8) return Enqueue<8>(params, stream);
+  return Enqueue<16>(params, stream);
 }
 
 }  // namespace winnow::kernels::internal

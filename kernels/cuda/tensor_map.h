@@ -17,4 +17,12 @@ absl::StatusOr<CUtensorMap> MakeBf16TensorMap(const void* base, std::span<const 
                                               std::span<const uint64_t> strides,
                                               std::span<const uint32_t> box);
 
+// The same of elements of any type, stored as `swizzle` says and brought into the L2 cache by
+// `promotion`.
+absl::StatusOr<CUtensorMap> MakeTensorMap(CUtensorMapDataType type, CUtensorMapSwizzle swizzle,
+                                          CUtensorMapL2promotion promotion, const void* base,
+                                          std::span<const uint64_t> sizes,
+                                          std::span<const uint64_t> strides,
+                                          std::span<const uint32_t> box);
+
 }  // namespace winnow::kernels

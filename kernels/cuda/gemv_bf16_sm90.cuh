@@ -176,10 +176,12 @@ __device__ __forceinline__ GemvOutput OutputOf(const GemvBf16Args& a, const Gemv
 __device__ __forceinline__ void StoreOutput(const GemvParams& p, const GemvOutput& out,
                                             const float (&old)[4], float (&y)[4]) {
   if (p.epilogue == GemvEpilogue::kSiluMul) {
+    // The quotient is within two units in the last place: a correctly rounded one is a long way for
+    // code that runs once.
 #pragma unroll
     for (float& v : y) {
       const float up = __shfl_down_sync(0xffffffffu, v, 16);
-      v = v / (1.0f + expf(-v)) * up;
+      v = __fdividef(v, 1.0f + expf(-v)) * up;
     }
   }
 #pragma unroll

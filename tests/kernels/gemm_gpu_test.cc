@@ -163,7 +163,7 @@ class GemvRun {
           const Sum up = SumOf(i, columns_ + j, portable);
           const double silu = y.value / (1.0 + std::exp(-y.value));
           want.value = silu * up.value;
-          // |silu'| < 1.1; exp, sum, quotient and product: less than 8 roundings.
+          // |silu'| < 1.1; exp, sum, quotient and product: less than 16 roundings.
           want.error = 1.1 * y.error * (std::abs(up.value) + up.error) + std::abs(silu) * up.error +
                        std::abs(want.value) * 0x1p-20;
         }

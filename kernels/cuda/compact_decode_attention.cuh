@@ -29,37 +29,50 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
                               DecodeShared<kK, kV, kDim, kHeads>& shared, int warp, int lane) {
   using S = DecodeShape<kK, kV, kDim>;
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
-  DecodeWarp<kK, kV, kDim, kHeads> state(lane);
+  using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
+  Warp state(lane);
   RingCursor begin;  // of the piece
   StageCursor<Shared::kStages> at;
   uint32_t results_turn = 1;
   while (true) {
-    RingWait(&shared.piece_full[at.stage], at.turn);
+    RingWait(&shared.words_full[at.stage], at.turn);
     const typename Shared::Piece& piece = shared.piece[at.stage];
     const PieceView<kK, kV, kDim> view(piece.words);
     if (view.num_pages == 0) return;
     for (int first = 0; first < view.num_pages; first += view.unit) {
       const int pages = min(view.unit, view.num_pages - first);
-      state.Reset(piece.query, piece.q_scale);
       RingCursor cursor = begin;
       cursor.Advance(warp, args.ring_slots);
-      for (int i = warp; i < pages; i += kDecodeWarps) {
-        const int page = view.first_page + first + i;
-        const bool newest = page == view.span_pages - 1;
-        const int left = page < view.survivors
-                             ? view.num_survivors - page * S::kSlots
-                             : view.num_ring - (page - view.survivors) * S::kSlots;
-        const int slot = cursor.slot;
-        // Until the page a turn before has been read, this one's parity says nothing.
-        RingWait(&shared.empty[slot], cursor.turn ^ 1);
-        RingWait(&shared.full[slot], cursor.turn);
-        const uint8_t* at_page = ring + slot * S::kRingBytes;
-        state.AddPage(ptx::SharedAddress(at_page), at_page + S::kCodeBytes,
-                      newest ? 2 : 2 * S::kSlots, newest ? 1 : min(left, S::kSlots), [&] {
-                        __syncwarp();
-                        if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.empty[slot]);
-                      });
-        cursor.Advance(kDecodeWarps, args.ring_slots);
+      for (int i = warp; i < pages; i += Warp::kPages * kDecodeWarps) {
+        typename Warp::Page at_once[Warp::kPages];
+        int slots[Warp::kPages];
+#pragma unroll
+        for (int n = 0; n < Warp::kPages; ++n) {
+          const bool is_there = n == 0 || i + n * kDecodeWarps < pages;  // else the first, unread
+          slots[n] = is_there ? cursor.slot : slots[0];
+          if (is_there) {
+            // Until the page a turn before has been read, this one's parity says nothing.
+            RingWait(&shared.empty[slots[n]], cursor.turn ^ 1);
+            RingWait(&shared.full[slots[n]], cursor.turn);
+          }
+          const int page = view.first_page + first + i + n * kDecodeWarps;
+          const uint8_t* at_page = ring + slots[n] * S::kRingBytes;
+          at_once[n] = {.codes = ptx::SharedAddress(at_page),
+                        .scales = at_page + S::kCodeBytes,
+                        .v_scales = is_there && view.IsNewest(page) ? 2 : 2 * S::kSlots,
+                        .count = is_there ? view.Keys(page) : 0};
+          cursor.Advance(kDecodeWarps, args.ring_slots);
+        }
+        if (i == warp) {
+          if (first == 0) RingWait(&shared.query_full[at.stage], at.turn);  // comes last
+          state.Reset(piece.query, piece.q_scale);
+        }
+        state.AddPages(at_once, [&](int n) {
+          __syncwarp();
+          // The first is read again where the second is not there.
+          const bool is_last = n == Warp::kPages - 1 || i + (n + 1) * kDecodeWarps < pages;
+          if (ptx::ArrivesForWarp(lane) && is_last) RingArrive(&shared.empty[slots[n]]);
+        });
       }
       begin.Advance(pages, args.ring_slots);
 
@@ -84,18 +97,19 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
   }
 }
 
-// By the first 32 threads.
+// The part of warp `warp` of `warps`. One lane: a warp's lanes would take turns.
 template <typename Shared>
-__device__ __forceinline__ void InitBarriers(Shared& shared, int ring_slots, int tid) {
-  if (tid < ring_slots) {
-    RingBarrierInit(&shared.full[tid], kFillArrivals);
-    RingBarrierInit(&shared.empty[tid], ptx::kWarpArrivals);
+__device__ __forceinline__ void InitBarriers(Shared& shared, int ring_slots, int warp, int warps) {
+  for (int i = warp; i < ring_slots; i += warps) {
+    RingBarrierInit(&shared.full[i], kFillArrivals);
+    RingBarrierInit(&shared.empty[i], ptx::kWarpArrivals);
   }
-  if (tid < Shared::kStages) {
-    RingBarrierInit(&shared.piece_full[tid], 32);
-    RingBarrierInit(&shared.piece_empty[tid], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
+  for (int i = warp; i < Shared::kStages; i += warps) {
+    RingBarrierInit(&shared.words_full[i], 32);
+    RingBarrierInit(&shared.query_full[i], 32);
+    RingBarrierInit(&shared.piece_empty[i], (kDecodeWarps + kMergeWarps) * ptx::kWarpArrivals);
   }
-  if (tid == 0) {
+  if (warp == 0) {
     RingBarrierInit(&shared.results_full, kDecodeWarps * ptx::kWarpArrivals);
     RingBarrierInit(&shared.results_empty, kMergeWarps * ptx::kWarpArrivals);
     RingBarrierInit(&shared.gathered, 1);
@@ -109,18 +123,18 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory + Shared::RingBytes(args.ring_slots));
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 #ifdef WINNOW_RACECHECK
   // It records writes that other warps skip by a uniform predicate; here they skip by a branch.
   if (warp == 0) {
-    InitBarriers(shared, args.ring_slots, tid);
+    if (lane == 0) InitBarriers(shared, args.ring_slots, 0, 1);
     __syncwarp();
   }
 #else
-  InitBarriers(shared, args.ring_slots, tid);
+  if (lane == 0) InitBarriers(shared, args.ring_slots, warp, kDecodeThreads / 32);
 #endif
 #if WINNOW_SM90A
   ptx::FenceBarrierInit();
@@ -132,6 +146,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   if (warp == kDecodeWarps + kMergeWarps) {
     DecodeProducer<kK, kV, kDim, kHeads>(args, &map, memory, shared, lane).Run();
   } else if (warp >= kDecodeWarps) {
+    if (warp == kDecodeWarps + kMergeWarps - 1) {  // idle for now
+      DecodeProducer<kK, kV, kDim, kHeads>(args, &map, memory, shared, lane).BeginWritten();
+    }
     ptx::WaitForPredecessors();
     FinishPieces<kK, kV, kDim, kHeads>(args, shared, warp - kDecodeWarps, lane);
   } else {
@@ -186,12 +203,12 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
   };
   int blocks_per_sm = 2;
   int slots = slots_in(std::min(sm_bytes / 2 - 1024, block_bytes));
-  if (slots < 4) {
+  if (slots < Shared::kMinRing) {
     blocks_per_sm = 1;
     slots = slots_in(block_bytes);
   }
   args.ring_slots = std::min(slots, Shared::kMaxRing);
-  if (args.ring_slots < 1) {
+  if (args.ring_slots < Shared::kMinRing) {
     return absl::UnimplementedError(
         absl::StrCat("compact_decode_attention: ", block_bytes, " bytes of shared memory a block"));
   }
@@ -199,11 +216,15 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))));
   int grid = std::min(num_sms * blocks_per_sm, launch.max_blocks);
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   unsigned num_attributes = 0;
   if (cluster > 1) {
     attributes[num_attributes].id = cudaLaunchAttributeClusterDimension;
     attributes[num_attributes++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    // Else more SMs get two blocks while others have none.
+    attributes[num_attributes].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[num_attributes++].val.clusterSchedulingPolicyPreference =
+        cudaClusterSchedulingPolicyLoadBalancing;
   }
   if (launch.overlap && sm90) {
     attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -10,7 +10,10 @@ namespace winnow::kernels::device {
 
 // Results that a block has room for: of so many heads' pieces.
 constexpr int GatherSlots(int heads, int cluster) {
-  return cluster < 2 ? 0 : (heads + cluster - 1) / cluster * kMaxSharedPieces;
+  const int pieces = cluster * kMaxSharePages / kPagesPerUnit;
+  return cluster < 2 ? 0
+                     : (heads + cluster - 1) / cluster *
+                           (pieces < kMaxSharedPieces ? pieces : kMaxSharedPieces);
 }
 template <int kDim>
 constexpr size_t GatherBytes(int slots) {

@@ -144,7 +144,7 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
   StageCursor<Shared::kStages> at;
   uint32_t results_turn = 0;
   while (true) {
-    RingWait(&shared.piece_full[at.stage], at.turn);
+    RingWait(&shared.words_full[at.stage], at.turn);
     const int* words = shared.piece[at.stage].words;
     const PieceView<kK, kV, kDim> view(words);
     const int row = words[kRow], partial = words[kPartial];

@@ -15,10 +15,22 @@ class DecodeProducer {
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
   using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
   static constexpr int kPagesATrip = 3;  // filled while memory answers
+  // A head's steps are its lanes' in runs: both columns of four heads' have the same channels.
+  static constexpr int kLaneSteps = Warp::kSteps / (kHeads == 4 ? 2 : 1);
 
   __device__ __forceinline__ DecodeProducer(const CompactDecodeArgs& args, const CUtensorMap* map,
                                             uint8_t* ring, Shared& shared, int lane)
       : args_(args), map_(map), ring_(ring), shared_(shared), lane_(lane) {}
+
+  // Fills the ring's first slots with the pages that the step writes. A warp beside Run()'s, which
+  // meanwhile sees to the query.
+  __device__ void BeginWritten() {
+    const int at = static_cast<int>(blockIdx.x);
+    const PieceWords piece = LoadPiece(at, *args_.num_pieces);
+    const int ids = PageIds(piece, 0);
+    ptx::WaitForPredecessors();
+    BeginPages(piece, ids, /*settled=*/false);
+  }
 
   __device__ void Run() {
     const int grid = static_cast<int>(gridDim.x);
@@ -28,19 +40,18 @@ class DecodeProducer {
     if (at >= num_pieces) piece.word = 0;
     int ids = PageIds(piece, 0);
     // What the kernel before this one does not write is on its way before that one ends.
-    uint32_t begun = 0;
-    if (at < num_pieces) begun = BeginPages(piece, ids, begun, /*settled=*/true);
-    ptx::WaitForPredecessors();
-    float4 query[Warp::kSteps];
-    LoadQuery(piece, query);
     int filled = 0;
     if (at < num_pieces) {
-      begun = BeginPages(piece, ids, begun, /*settled=*/false);
-      filled = __popc(begun);
+      PublishWords(piece);
+      filled = BeginPages(piece, ids, /*settled=*/true);
       cursor_.Advance(filled, args_.ring_slots);
     }
+    ptx::WaitForPredecessors();
+    float4 query[kLaneSteps];
+    LoadQuery(piece, query);
     for (bool first = true; at < num_pieces; first = false) {
-      PublishPiece(piece, query);
+      if (!first) PublishWords(piece);
+      PublishQuery(query);
       // The next piece is claimed late, so that blocks end together, but with pages left to
       // fill that cover each of the three trips to memory until its own can be.
       PieceWords next;
@@ -64,7 +75,7 @@ class DecodeProducer {
       at = next_at;
       filled = 0;
     }
-    PublishPiece(PieceWords{}, query);
+    PublishWords(PieceWords{});
     // The last block to end leaves the counters as it found them.
     if (lane_ == 0 && atomicAdd(args_.next_piece + 1, 1) == grid - 1) {
       args_.next_piece[0] = 0;
@@ -131,31 +142,34 @@ class DecodeProducer {
   }
 
   // Fills the empty ring with the first piece's pages: those that the step does not write, or
-  // all. A bit each of those that are begun.
-  __device__ __forceinline__ uint32_t BeginPages(const PieceWords& piece, int ids, uint32_t begun,
-                                                 bool settled) {
+  // those that it does. How many both are.
+  __device__ __forceinline__ int BeginPages(const PieceWords& piece, int ids, bool settled) {
     const int survivors = PagesOf<S::kSlots>(piece.Get(kNumSurvivors));
     const int pages = min(min(piece.Get(kNumPages), args_.ring_slots), 32);
     const int fresh = piece.Get(kFreshRingPage), page = piece.Get(kFirstPage) + lane_;
     const bool written = ids < 0 || page == survivors - 1 || page == fresh;
-    uint32_t left = __ballot_sync(0xffffffffu, lane_ < pages && !(settled && written)) & ~begun;
-    begun |= left;
+    uint32_t left = __ballot_sync(0xffffffffu, lane_ < pages && settled != written);
     for (; left != 0; left &= left - 1) {
       const int i = __ffs(static_cast<int>(left)) - 1;
       Fill(piece, __shfl_sync(0xffffffffu, ids, i), i);
     }
-    return begun;
+    return pages;
   }
 
-  // This lane's channels of its column's head, or of the last head where the group has fewer, as
+  // The first of this lane's steps.
+  __device__ __forceinline__ int FirstStep() const {
+    return kHeads == 4 ? lane_ / 4 % 2 * kLaneSteps : 0;
+  }
+
+  // This lane's steps of its column's head, or of the last head where the group has fewer, as
   // DecodeWarp's right factors want them.
-  __device__ __forceinline__ void LoadQuery(const PieceWords& piece, float4 (&x)[Warp::kSteps]) {
+  __device__ __forceinline__ void LoadQuery(const PieceWords& piece, float4 (&x)[kLaneSteps]) {
     const int head = min(lane_ / 4 / (kHeads == 4 ? 2 : 1), args_.group - 1);
     const int64_t row = piece.Get(kRow);
     const float* q = args_.q + (row * args_.group + head) * kDim;
 #pragma unroll
-    for (int s = 0; s < Warp::kSteps; ++s) {
-      const float* at = q + Warp::QChannel(s, lane_ % 4);
+    for (int s = 0; s < kLaneSteps; ++s) {
+      const float* at = q + Warp::QChannel(FirstStep() + s, lane_ % 4);
       if constexpr (S::kBytes == 1) {
         x[s] = __ldcg(reinterpret_cast<const float4*>(at));
       } else {
@@ -166,19 +180,25 @@ class DecodeProducer {
     }
   }
 
-  __device__ __forceinline__ void PublishPiece(const PieceWords& piece,
-                                               const float4 (&x)[Warp::kSteps]) {
-    typename Shared::Piece& to = shared_.piece[stage_];
+  __device__ __forceinline__ void PublishWords(const PieceWords& piece) {
     RingWait(&shared_.piece_empty[stage_], stage_turn_ ^ 1);
+    if (lane_ < kPieceWords) shared_.piece[stage_].words[lane_] = piece.word;
+    RingArrive(&shared_.words_full[stage_]);
+  }
+
+  // The query of the piece whose words went before.
+  __device__ __forceinline__ void PublishQuery(const float4 (&x)[kLaneSteps]) {
+    typename Shared::Piece& to = shared_.piece[stage_];
     int amax = 0;
 #pragma unroll
-    for (int s = 0; s < Warp::kSteps; ++s) {
+    for (int s = 0; s < kLaneSteps; ++s) {
       const float larger =
           fmaxf(fmaxf(fabsf(x[s].x), fabsf(x[s].y)), fmaxf(fabsf(x[s].z), fabsf(x[s].w)));
       amax = max(amax, __float_as_int(larger));
     }
     amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
     amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
+    if constexpr (kHeads == 4) amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, 4));
     // Scaled by a power of two to at most 2^8, so that float16 holds it.
     const int exponent = min(max(261 - (amax >> 23), 1), 253);
     const float factor = __int_as_float(exponent << 23);
@@ -188,7 +208,7 @@ class DecodeProducer {
           args_.scale_log2 * __int_as_float((254 - exponent) << 23);
     }
 #pragma unroll
-    for (int s = 0; s < Warp::kSteps; ++s) {
+    for (int s = 0; s < kLaneSteps; ++s) {
       SplitPair a, b;
       if constexpr (S::kScaled) {
         a = SplitF16(x[s].x * factor, x[s].y * factor);
@@ -198,13 +218,13 @@ class DecodeProducer {
         b = SplitBf16(x[s].z * factor, x[s].w * factor);
       }
       if constexpr (kHeads == 4) {
-        to.query[s][lane_] = column % 2 == 0 ? make_uint2(a.hi, b.hi) : make_uint2(a.lo, b.lo);
+        to.query[FirstStep() + s][lane_ & ~4] = make_uint2(a.hi, b.hi);
+        to.query[FirstStep() + s][lane_ | 4] = make_uint2(a.lo, b.lo);
       } else {
         to.query[s][lane_] = make_uint4(a.hi, b.hi, a.lo, b.lo);
       }
     }
-    if (lane_ < kPieceWords) to.words[lane_] = piece.word;
-    RingArrive(&shared_.piece_full[stage_]);
+    RingArrive(&shared_.query_full[stage_]);
     if (++stage_ == Shared::kStages) {
       stage_ = 0;
       stage_turn_ ^= 1;

@@ -92,30 +92,20 @@ __device__ __forceinline__ void RingWait(uint64_t* barrier, uint32_t parity) {
 #endif
 }
 
-// The copies below are enqueued by all lanes of a warp between RingFillBegin() and
-// RingFillEnd(); what they bring completes on `full`.
-__device__ __forceinline__ void RingFillBegin(uint64_t* full, uint32_t bytes, int lane) {
-#if WINNOW_SM90A
-  if (lane == 0) ptx::BarrierArriveExpect(full, bytes);
-  __syncwarp();
-#endif
-}
-__device__ __forceinline__ void RingFillEnd(uint64_t* full) {
 #if !WINNOW_SM90A
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ptx::SharedAddress(full))
-               : "memory");
-#endif
-}
-
 // 16 aligned bytes by this lane.
-__device__ __forceinline__ void RingCopy16(uint8_t* to, const uint8_t* from, uint64_t* full) {
-#if WINNOW_SM90A
-  ptx::LoadBulk(to, from, 16, full);
-#else
+__device__ __forceinline__ void RingCopy16(uint8_t* to, const uint8_t* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(ptx::SharedAddress(to)), "l"(from)
                : "memory");
-#endif
 }
+// Of all lanes: arrives when the lane's copies are there.
+__device__ __forceinline__ void RingFillEnd(uint64_t* full) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(ptx::SharedAddress(full))
+               : "memory");
+}
+#endif
+
+// The copies below are enqueued by a whole warp; what they bring completes on `full`.
 
 // A page to `to` (1024-byte aligned). `map` describes all pages' bytes as rows of 128, of which
 // a box is what S uses of a page; `page` is the page's id and `pages` the address of the first.
@@ -130,7 +120,7 @@ __device__ __forceinline__ void RingFillPage(const CUtensorMap* map, int page, c
 #else
   const uint8_t* from = pages + static_cast<int64_t>(page) * S::kPageBytes;
   for (int i = lane * 16; i < S::kUsedBytes; i += 512) {
-    RingCopy16(to + Swizzled(i), from + i, full);
+    RingCopy16(to + Swizzled(i), from + i);
   }
   RingFillEnd(full);
 #endif
@@ -140,15 +130,30 @@ __device__ __forceinline__ void RingFillPage(const CUtensorMap* map, int page, c
 template <typename S>
 __device__ __forceinline__ void RingFillRow(const uint8_t* row, uint8_t* to, uint64_t* full,
                                             int lane) {
+#if WINNOW_SM90A
+  if (ElectLane()) {
+    ptx::BarrierArriveExpect(full, 2 * S::kRowBytes + (S::kScaled ? 16 : 0));
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const uint8_t* from = row + part * S::kRowBytes;
+      uint8_t* part_to = to + part * S::kPartBytes;
+      ptx::LoadBulk(part_to, from, S::kRowBytes < 128 ? S::kRowBytes : 128, full);  // as it is
+      for (int i = 128; i < S::kRowBytes; i += 16) {
+        ptx::LoadBulk(part_to + Swizzled(i), from + i, 16, full);
+      }
+    }
+    if constexpr (S::kScaled) ptx::LoadBulk(to + S::kCodeBytes, row + 2 * S::kRowBytes, 16, full);
+  }
+#else
   constexpr int kVectors = S::kRowBytes / 16;
-  RingFillBegin(full, 2 * S::kRowBytes + (S::kScaled ? 16 : 0), lane);
   for (int i = lane; i < 2 * kVectors + (S::kScaled ? 1 : 0); i += 32) {
     const int at = i < kVectors       ? Swizzled(i * 16)
                    : i < 2 * kVectors ? S::kPartBytes + Swizzled((i - kVectors) * 16)
                                       : S::kCodeBytes;
-    RingCopy16(to + at, row + i * 16, full);
+    RingCopy16(to + at, row + i * 16);
   }
   RingFillEnd(full);
+#endif
 }
 
 }  // namespace winnow::kernels::device

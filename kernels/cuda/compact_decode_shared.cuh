@@ -60,8 +60,10 @@ static_assert(sizeof(DecodePiece) == 4 * kPieceWords);
 template <KvElement kK, KvElement kV, int kDim, int kHeads>
 struct alignas(16) DecodeShared {
   using S = DecodeShape<kK, kV, kDim>;
-  static constexpr int kStages = kHeads == 4 ? 4 : 2;  // pieces under way
+  static constexpr int kStages = kHeads == 4 ? 3 : 2;  // pieces under way
   static constexpr int kMaxRing = 32;
+  // With fewer a warp would wait for pages that find no room until it has read others.
+  static constexpr int kMinRing = (DecodeWarp<kK, kV, kDim, kHeads>::kPages - 1) * kDecodeWarps + 1;
   static constexpr int kHeadFloats = kDim + 4;  // 16 bytes more: fewer bank conflicts
   struct Piece {
     int words[kPieceWords];  // num_pages 0: no more pieces
@@ -72,7 +74,8 @@ struct alignas(16) DecodeShared {
   Piece piece[kStages];
   float max[kDecodeWarps][kHeads], sum[kDecodeWarps][kHeads];
   int is_last;
-  uint64_t piece_full[kStages], piece_empty[kStages];
+  // Of a piece: its words, then its query, are there; all have read it.
+  uint64_t words_full[kStages], query_full[kStages], piece_empty[kStages];
   uint64_t results_full, results_empty;
   uint64_t gathered;
   uint64_t full[kMaxRing], empty[kMaxRing];
@@ -119,6 +122,13 @@ struct PieceView {
         survivors(PagesOf<S::kSlots>(num_survivors)),
         span_pages(survivors + PagesOf<S::kSlots>(num_ring) + 1),
         unit(PieceUnits(span_pages) * kPagesPerUnit) {}
+  // Live keys of the span's page i.
+  __device__ __forceinline__ int Keys(int i) const {
+    const int left =
+        i < survivors ? num_survivors - i * S::kSlots : num_ring - (i - survivors) * S::kSlots;
+    return IsNewest(i) ? 1 : min(left, S::kSlots);
+  }
+  __device__ __forceinline__ bool IsNewest(int i) const { return i == span_pages - 1; }
 };
 
 // The place among kStages that take turns.

@@ -71,6 +71,10 @@ class DecodeWarp {
  public:
   using S = DecodeShape<kK, kV, kDim>;
   using Words = typename QueryWords<kHeads>::Type;
+  // Pages that are added at once, so that one's work fills the other's waits. Of 128 channels two
+  // would take too much of the ring.
+  static constexpr int kPages = kHeads == 4 && kDim == 64 ? 2 : 1;
+  static constexpr int kTiles = kPages * S::kTiles;  // of 16 keys
   static constexpr int kSteps = kDim / 16;
   static constexpr int kOutTiles = kDim / 16;
   static constexpr int kVWords = S::kRowBytes / 32;  // a lane of a V row
@@ -110,37 +114,44 @@ class DecodeWarp {
     }
   }
 
-  // Adds a page of which the first `count` keys are live, 0 < count. Its codes start at
-  // `codes` (1024-byte aligned), V's scales `v_scales` bytes after K's. Calls done() when
-  // the last of it has been read.
+  // A page of which the first `count` keys are live, perhaps none. Its codes start at `codes`
+  // (1024-byte aligned), V's scales `v_scales` bytes after K's.
+  struct Page {
+    uint32_t codes;
+    const uint8_t* scales;
+    int v_scales, count;
+  };
+
+  // Adds pages with at least one live key. Calls done(i) when the last of page i has been read.
   template <typename Done>
-  __device__ __forceinline__ void AddPage(uint32_t codes, const uint8_t* scales, int v_scales,
-                                          int count, Done done) {
-    float p[S::kTiles][2][kCols];
-    Scores(codes, p);
-    uint32_t v_scale[S::kTiles][2];
+  __device__ __forceinline__ void AddPages(const Page (&pages)[kPages], Done done) {
+    float p[kTiles][2][kCols];
+    Scores(pages, p);
+    uint32_t v_scale[kTiles][2];
     uint32_t v_max = 0;
     float page_max[kCols];
 #pragma unroll
     for (int i = 0; i < kCols; ++i) page_max[i] = -INFINITY;
 #pragma unroll
-    for (int t = 0; t < S::kTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
+      const Page& page = pages[t / S::kTiles];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int key = t * 16 + half * 8 + r_;
+        const int key = t % S::kTiles * 16 + half * 8 + r_;
         float k_scale = 1.0f;
         v_scale[t][half] = 0;
         if constexpr (S::kScaled) {
-          k_scale = __half2float(*reinterpret_cast<const __half*>(scales + 2 * key));
-          if (key < count) {
-            v_scale[t][half] = *reinterpret_cast<const uint16_t*>(scales + v_scales + 2 * key);
+          k_scale = __half2float(*reinterpret_cast<const __half*>(page.scales + 2 * key));
+          if (key < page.count) {
+            v_scale[t][half] =
+                *reinterpret_cast<const uint16_t*>(page.scales + page.v_scales + 2 * key);
           }
           v_max = max(v_max, v_scale[t][half]);
         }
 #pragma unroll
         for (int i = 0; i < kCols; ++i) {
           const float score = p[t][half][i] * q_scale_[i] * k_scale;
-          p[t][half][i] = key < count ? score : -INFINITY;
+          p[t][half][i] = key < page.count ? score : -INFINITY;
           page_max[i] = fmaxf(page_max[i], p[t][half][i]);
         }
       }
@@ -174,7 +185,9 @@ class DecodeWarp {
       for (int i = 0; i < 4; ++i) out_[j][i] *= decay[i % 2 * (kCols - 1)];
     }
 #pragma unroll
-    for (int t = 0; t < S::kTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
+      const Page& page = pages[t / S::kTiles];
+      const int tile = t % S::kTiles;
       uint32_t hi[2], lo[2];  // for kHeads 4 hi holds both parts
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -199,8 +212,8 @@ class DecodeWarp {
         }
       }
       uint32_t v[4][kVWords];
-      LoadValues(codes + S::kPartBytes + t * 16 * S::kRowBytes, count - t * 16, v);
-      if (t == S::kTiles - 1) done();
+      LoadValues(page.codes + S::kPartBytes + tile * 16 * S::kRowBytes, page.count - tile * 16, v);
+      if (tile == S::kTiles - 1) done(t / S::kTiles);
 #pragma unroll
       for (int w = 0; w < kVWords; ++w) {
         // Bytes (or halves) of two keys side by side: first the lower channels', then the upper.
@@ -210,13 +223,13 @@ class DecodeWarp {
         const uint32_t a1 = __byte_perm(v[0][w], v[1][w], upper_sel);
         const uint32_t b0 = __byte_perm(v[2][w], v[3][w], lower_sel);
         const uint32_t b1 = __byte_perm(v[2][w], v[3][w], upper_sel);
-        const auto add = [&](int tile, const uint4& a) {
+        const auto add = [&](int j, const uint4& a) {
           if constexpr (S::kScaled) {
-            MmaF16(out_[tile], a, hi[0], hi[1]);
-            if constexpr (kHeads == 8) MmaF16(out_[tile], a, lo[0], lo[1]);
+            MmaF16(out_[j], a, hi[0], hi[1]);
+            if constexpr (kHeads == 8) MmaF16(out_[j], a, lo[0], lo[1]);
           } else {
-            MmaBf16(out_[tile], a, hi[0], hi[1]);
-            if constexpr (kHeads == 8) MmaBf16(out_[tile], a, lo[0], lo[1]);
+            MmaBf16(out_[j], a, hi[0], hi[1]);
+            if constexpr (kHeads == 8) MmaBf16(out_[j], a, lo[0], lo[1]);
           }
         };
         if constexpr (S::kScaled) {
@@ -256,29 +269,31 @@ class DecodeWarp {
   }
 
  private:
-  // Products of the page's keys and queries: p[t][half][i] is of key 16 t + 8 half + r.
-  __device__ __forceinline__ void Scores(uint32_t codes, float (&p)[S::kTiles][2][kCols]) {
-    // Two sums a tile: of alternate steps, or of the high and the low parts.
-    float acc[S::kTiles][2][4] = {};
-    const uint32_t at = codes + k_offset_;
+  // Products of the pages' keys and queries: p[t][half][i] is of key 16 t + 8 half + r.
+  __device__ __forceinline__ void Scores(const Page (&pages)[kPages],
+                                         float (&p)[kTiles][2][kCols]) {
+    // Two sums a tile: of alternate steps where tiles are few, or of the high and the low parts.
+    float acc[kTiles][2][4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const Words b = query_[s][r_ * 4 + c_];
 #pragma unroll
-      for (int t = 0; t < S::kTiles; ++t) {
+      for (int t = 0; t < kTiles; ++t) {
+        const uint32_t at = pages[t / S::kTiles].codes + k_offset_;
+        const int tile_bytes = t % S::kTiles * 16 * S::kRowBytes;
         uint4 a;
         if constexpr (S::kScaled) {
           // A 16-byte vector of a key is a step: its words are both halves of a row.
-          if (s % 2 == 0) k_[t] = LoadMatrices((at ^ (s * 16)) + t * 16 * S::kRowBytes);
+          if (s % 2 == 0) k_[t] = LoadMatrices((at ^ (s * 16)) + tile_bytes);
           const uint32_t upper = s % 2 == 0 ? k_[t].x : k_[t].z;
           const uint32_t lower = s % 2 == 0 ? k_[t].y : k_[t].w;
           a = make_uint4(ToOperand<kK, 0>(upper), ToOperand<kK, 0>(lower), ToOperand<kK, 1>(upper),
                          ToOperand<kK, 1>(lower));
         } else {
-          a = LoadMatrices((at ^ Swizzled(s * 32)) + t * 16 * S::kRowBytes);
+          a = LoadMatrices((at ^ Swizzled(s * 32)) + tile_bytes);
         }
         if constexpr (kHeads == 4) {
-          Multiply(acc[t][s % 2], a, b.x, b.y);
+          Multiply(acc[t][kTiles < 4 ? s % 2 : 0], a, b.x, b.y);
         } else {
           Multiply(acc[t][0], a, b.x, b.y);
           Multiply(acc[t][1], a, b.z, b.w);
@@ -286,7 +301,7 @@ class DecodeWarp {
       }
     }
 #pragma unroll
-    for (int t = 0; t < S::kTiles; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float x0 = acc[t][0][2 * half] + acc[t][1][2 * half];
@@ -339,7 +354,7 @@ class DecodeWarp {
   const uint32_t k_offset_, v_offset_;  // of this lane, in K and in V
   const Words (*query_)[32];
   float q_scale_[kCols];
-  uint4 k_[S::kTiles];
+  uint4 k_[kTiles];
   float max_[kCols], sum_[kCols];
   int exponent_;
   float out_[kOutTiles][4];

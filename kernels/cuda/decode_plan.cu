@@ -77,9 +77,6 @@ __device__ Cut CutSpan(const DecodePlanParams& p, int layer, int row, int num_ro
   return cut;
 }
 
-// Pages of a share, at most: longer ones take longer than the merge of pieces that is saved.
-constexpr int kMaxSharePages = 24;
-
 // The layer's shares, if its longest is neither that long nor much longer than their mean: else
 // false. All of the block's threads.
 __device__ bool ListShares(const DecodePlanParams& p, int layer, int num_rows, int slots,
@@ -102,8 +99,12 @@ __device__ bool ListShares(const DecodePlanParams& p, int layer, int num_rows, i
                          .num_ring = cut.num_ring,
                          .fresh_ring_page = cut.fresh};
     if (rank < active) {
-      share.first_page = rank * cut.num_pieces / active * cut.full;
-      const int end = (rank + 1) * cut.num_pieces / active * cut.full;
+      // The first ones take more: the pages that the step writes, which come last, are at the end.
+      const auto begin = [&](int r) {
+        return (r * cut.num_pieces + active - 1) / active * cut.full;
+      };
+      share.first_page = begin(rank);
+      const int end = begin(rank + 1);
       share.num_pages = min(end, cut.pages) - share.first_page;
     }
     pieces[i] = share;

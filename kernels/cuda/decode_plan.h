@@ -32,6 +32,8 @@ constexpr int PieceUnits(int num_pages) {
 // Blocks of a cluster, 1 where the spans are too many for clusters.
 inline constexpr int kMaxShares = 128;  // about one an SM
 inline constexpr int kMaxClusterBlocks = 8;
+// Pages of a share, at most: longer ones take longer than the merge of pieces that is saved.
+inline constexpr int kMaxSharePages = 24;
 inline constexpr int kMaxSharedPieces = 16;  // of a span that a cluster shares
 constexpr int DecodeClusterBlocks(int num_rows) {
   int blocks = kMaxClusterBlocks;

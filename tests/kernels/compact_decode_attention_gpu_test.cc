@@ -219,6 +219,15 @@ std::vector<DecodeCase> Cases() {
                      .lengths = {{100, 256}, {0, 256}, {1000, 256}, {20, 256}, {333, 256}},
                      .num_sequences = 3});
   }
+  // Up to six pieces of a span, three in the share of each block.
+  cases.push_back({.name = "clusters_of_4",
+                   .num_kv_heads = 3,
+                   .lengths = {{991, 256}, {700, 256}, {1200, 256}, {64, 256}, {0, 19}},
+                   .num_sequences = 9});
+  cases.push_back({.name = "clusters_of_2",
+                   .num_kv_heads = 3,
+                   .lengths = {{1210, 256}, {991, 256}, {1180, 256}, {960, 256}},
+                   .num_sequences = 20});
   cases.push_back(
       {.name = "large_queries", .window = 16, .lengths = {{40, 16}, {7, 16}}, .q_scale = 3e5f});
   cases.push_back(

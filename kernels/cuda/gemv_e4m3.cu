@@ -16,6 +16,18 @@ namespace {
 constexpr int kHalfBytes = 112 * 1024;  // of which an SM has two
 constexpr int kRingBytes = 96 * 1024;   // at least
 
+absl::StatusOr<int> SmCount() {
+  static std::atomic<int> known[kGemvDevices];
+  int device = 0;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  int sms = device < kGemvDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (sms > 0) return sms;
+  WINNOW_RETURN_IF_ERROR(
+      CudaStatus(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)));
+  if (device < kGemvDevices) known[device].store(sms, std::memory_order_relaxed);
+  return sms;
+}
+
 // Of w, as CopyWeights() asks for it.
 template <int kM, int kWide>
 absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
@@ -74,6 +86,7 @@ template <int kM, int kWide>
 absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   using S = E4m3Shape<kM>;
   constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
+  WINNOW_ASSIGN_OR_RETURN(const int sms, SmCount());
   E4m3Args args{.p = p, .chunks = chunks};
   const bool paired = p.epilogue == GemvEpilogue::kSiluMul;
   const int tile_columns = paired ? S::kRows / 2 : S::kRows;
@@ -83,9 +96,11 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   const auto fits = [&](int stages) {
     return E4m3SharedBytes<kM, kWide>(stages, args.slots) <= most;
   };
-  // All of x if it fits, else of half of k; else slots that are filled again for each tile.
+  // A block a tile, unless half of them would have none or all of x does not fit: two then, each
+  // half of k. If that does not fit either, x is in slots that are filled again for each tile.
   bool held = false;
-  for (int cluster = 1; cluster <= std::min(S::kPasses, 2) && !held; ++cluster) {
+  const int least = S::kPasses > 1 && 2 * args.num_tiles <= sms ? 2 : 1;
+  for (int cluster = least; cluster <= std::min(S::kPasses, 2) && !held; ++cluster) {
     args.cluster = cluster;
     args.passes = S::kPasses / cluster;
     args.slots = args.passes * chunks / kWide;

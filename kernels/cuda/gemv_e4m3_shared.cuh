@@ -30,7 +30,7 @@ inline constexpr int kE4m3MinSlots = kE4m3XAhead + 1;  // unless there are all
 // Of a block that multiplies by kM rows of x.
 template <int kM>
 struct E4m3Shape {
-  static constexpr int kSlices = kM <= 4 ? 4 : kM == 8 ? 2 : 1;
+  static constexpr int kSlices = kM <= 4 ? 4 / kM : 1;
   static constexpr int kRows = 64 / kSlices;            // of a tile
   static constexpr int kColumns = 2 * kM * kSlices;     // of B
   static constexpr int kUnits = kE4m3Groups * kSlices;  // of a block
@@ -40,10 +40,10 @@ struct E4m3Shape {
   static constexpr int kSumStride = kRows + 8;
   static constexpr int kSums = kUnits * kM * kSumStride;  // floats
   static constexpr int kOutputs = kRows * kM;
-  static constexpr int kXWarps = kM <= 2 ? 4 : kM <= 8 ? 8 : 16;  // that prepare x and finish tiles
+  static constexpr int kXWarps = kM <= 4 ? 4 : kM <= 8 ? 8 : 16;  // that prepare x and finish tiles
   static constexpr int kXThreads = 32 * kXWarps;
   static constexpr int kThreads = 32 * (kE4m3MathWarps + 1) + kXThreads;
-  static constexpr int kBlocks = kM <= 2 ? 2 : 1;  // an SM: this kernel's and the next one's
+  static constexpr int kBlocks = kM <= 4 ? 2 : 1;  // an SM: this kernel's and the next one's
 };
 
 struct E4m3Barriers {

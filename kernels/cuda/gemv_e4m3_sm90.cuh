@@ -327,6 +327,7 @@ __global__ void __launch_bounds__(E4m3Shape<kM>::kThreads, E4m3Shape<kM>::kBlock
   // The warp that copies w begins before the others.
   constexpr int kCopier = kE4m3MathWarps + S::kXWarps;
   if (warp == kCopier) {
+    if (lane == 0) ptx::PrefetchMap(&map);
     if (lane < args.stages) {
       ptx::BarrierInit(&barriers->full[lane], 1);
       ptx::BarrierInit(&barriers->empty[lane], kE4m3MathWarps * ptx::kWarpArrivals);

@@ -111,7 +111,7 @@ __device__ __forceinline__ void SplitX(uint8_t* slot, float* factors, int warp, 
       return make_uint4(c[0] | uint32_t{c[1]} << 16, c[2] | uint32_t{c[3]} << 16,
                         c[4] | uint32_t{c[5]} << 16, c[6] | uint32_t{c[7]} << 16);
     };
-    // All lanes' words have been read: the shuffles saw to that.
+    __syncwarp();  // all lanes' words have been read
     *reinterpret_cast<uint4*>(row + 16 * (column ^ (2 * pair & 7))) = pack(hi);
     *reinterpret_cast<uint4*>(row + 128 + 16 * (column ^ ((2 * pair + 1) & 7))) = pack(lo);
     if (column == 0) {

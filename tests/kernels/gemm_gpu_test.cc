@@ -331,9 +331,11 @@ std::vector<GemvCase> GemvCases() {
       add(3, 2 * 21, k, GemvEpilogue::kSiluMul);
       add(13, 2 * 37, k, GemvEpilogue::kSiluMul);
     }
-    // More tiles than blocks, which hold no whole x.
-    add(3, 2200, 16384);
-    add(5, 2200, 16384);
+    // e4m3: more tiles than blocks, one a tile and two, which do not hold all of x.
+    add(4, 8500, 512);
+    add(8, 8500, 512);
+    add(16, 8500, 1024);
+    add(9, 4300, 8192);
     // x leaves room for the shortest rings alone.
     for (const int k : {14336, 17408, 18944, 25600, 28672, 29568, kMaxGemvK}) {
       add(15, 21, k);
@@ -361,6 +363,7 @@ std::vector<GemvCase> GemvCases() {
     for (const int m : {1, 2, 8}) add_exact(m, 35, kMaxGemvK);
     add_exact(16, 21, kMaxGemvK);
     add_exact(2, 2129, 12288);  // more tiles than SMs
+    add_exact(13, 4300, 512);
     if (!e4m3) {                // blocks with more tiles than sums, also of a cluster
       for (const int m : {2, 9}) add_exact(m, 26003, 144);
       add(9, 13003, 4112, GemvEpilogue::kAdd, false, 1, 1);

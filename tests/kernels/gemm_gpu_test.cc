@@ -364,7 +364,7 @@ std::vector<GemvCase> GemvCases() {
     add_exact(16, 21, kMaxGemvK);
     add_exact(2, 2129, 12288);  // more tiles than SMs
     add_exact(13, 4300, 512);
-    if (!e4m3) {                // blocks with more tiles than sums, also of a cluster
+    if (!e4m3) {  // blocks with more tiles than sums, also of a cluster
       for (const int m : {2, 9}) add_exact(m, 26003, 144);
       add(9, 13003, 4112, GemvEpilogue::kAdd, false, 1, 1);
       cases.back().name += "_exact";

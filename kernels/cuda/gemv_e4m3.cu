@@ -29,11 +29,11 @@ absl::StatusOr<int> SmCount() {
 }
 
 // Of w, as CopyWeights() asks for it.
-template <int kM, int kWide>
+template <typename S, int kWide>
 absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
   const bool paired = a.p.epilogue == GemvEpilogue::kSiluMul;
   const auto n = static_cast<uint64_t>(a.p.n), k = static_cast<uint64_t>(a.p.k);
-  const uint32_t rows = E4m3Shape<kM>::kRows / (paired ? 2 : 1);
+  const uint32_t rows = S::kRows / (paired ? 2 : 1);
   const auto make = [&](std::span<const uint64_t> sizes, std::span<const uint64_t> strides,
                         std::span<const uint32_t> box) {
     return MakeTensorMap(CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -45,20 +45,19 @@ absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
     return make(sizes, strides, box);
   }
   // k of a unit, rows, gate and up, units.
-  const uint64_t halves = paired ? 2 : 1, units = a.cluster * E4m3Shape<kM>::kUnits;
+  const uint64_t halves = paired ? 2 : 1, units = a.cluster * S::kUnits;
   const uint64_t sizes[] = {k / units, n / halves, halves, units};
   const uint64_t strides[] = {k, n / halves * k, k / units};
-  const uint32_t box[] = {kE4m3Chunk, rows, static_cast<uint32_t>(halves), E4m3Shape<kM>::kUnits};
+  const uint32_t box[] = {kE4m3Chunk, rows, static_cast<uint32_t>(halves), S::kUnits};
   return make(sizes, strides, box);
 }
 
-template <int kM, int kWide>
+template <typename S, int kWide>
 absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
-  using S = E4m3Shape<kM>;
   static std::atomic<int> known[kGemvDevices][2];
   int device = 0;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, (WeightMap<kM, kWide>(args)));
+  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, (WeightMap<S, kWide>(args)));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -68,12 +67,11 @@ absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(args.cluster));
   config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes =
-      static_cast<size_t>(E4m3SharedBytes<kM, kWide>(args.stages, args.slots));
+  config.dynamicSmemBytes = static_cast<size_t>(E4m3SharedBytes<S, kWide>(args.stages, args.slots));
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = args.cluster > 1 ? 2 : 1;
-  const auto kernel = GemvE4m3Kernel<kM, kWide>;
+  const auto kernel = GemvE4m3Kernel<S, kWide>;
   WINNOW_ASSIGN_OR_RETURN(
       const int clusters,
       GemvClusters(kernel, config, args.cluster, device,
@@ -82,9 +80,8 @@ absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, args, map));
 }
 
-template <int kM, int kWide>
+template <typename S, int kWide>
 absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
-  using S = E4m3Shape<kM>;
   constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
   WINNOW_ASSIGN_OR_RETURN(const int sms, SmCount());
   E4m3Args args{.p = p, .chunks = chunks};
@@ -94,7 +91,7 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   args.whole_parts = p.k == kE4m3Parts * chunks * kE4m3Chunk;
   int most = kGemvSharedBytes;
   const auto fits = [&](int stages) {
-    return E4m3SharedBytes<kM, kWide>(stages, args.slots) <= most;
+    return E4m3SharedBytes<S, kWide>(stages, args.slots) <= most;
   };
   // A block a tile, unless half of them would have none or all of x does not fit: two then, each
   // half of k. If that does not fit either, x is in slots that are filled again for each tile.
@@ -111,28 +108,33 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
     while (args.slots > kE4m3MinSlots && !fits(kLeastStages)) --args.slots;
   }
   // With half the memory the next kernel's blocks fill their rings while these run out.
-  if (S::kBlocks == 2 && E4m3SharedBytes<kM, kWide>(kLeastStages, args.slots) <= kHalfBytes) {
+  if (S::kBlocks == 2 && E4m3SharedBytes<S, kWide>(kLeastStages, args.slots) <= kHalfBytes) {
     most = kHalfBytes;
   }
   args.stages = kE4m3MaxStages / kWide;
   while (!fits(args.stages)) --args.stages;
-  return EnqueueKernel<kM, kWide>(args, stream);
+  return EnqueueKernel<S, kWide>(args, stream);
 }
 
-template <int kM>
+template <int kM, int kSlices>
 absl::Status Enqueue(const GemvParams& p, StreamHandle stream) {
+  using S = E4m3Shape<kM, kSlices>;
   const int chunks = (p.k + kE4m3Chunk * kE4m3Parts - 1) / (kE4m3Chunk * kE4m3Parts);
-  return chunks % 2 == 0 ? Enqueue<kM, 2>(p, chunks, stream) : Enqueue<kM, 1>(p, chunks, stream);
+  return chunks % 2 == 0 ? Enqueue<S, 2>(p, chunks, stream) : Enqueue<S, 1>(p, chunks, stream);
 }
 
 }  // namespace
 
 absl::Status EnqueueGemvSm90E4m3(const GemvParams& params, StreamHandle stream) {
-  if (params.m == 1) return Enqueue<1>(params, stream);
-  if (params.m == 2) return Enqueue<2>(params, stream);
-  if (params.m <= 4) return Enqueue<4>(params, stream);
-  if (params.m <= 8) return Enqueue<8>(params, stream);
-  return Enqueue<16>(params, stream);
+  if (params.m <= 2) {
+    // The larger tile costs less, the smaller ones share few rows of w better.
+    WINNOW_ASSIGN_OR_RETURN(const int sms, SmCount());
+    if (params.n / 32 > 2 * sms) return Enqueue<2, 2>(params, stream);
+    return params.m == 1 ? Enqueue<1, 4>(params, stream) : Enqueue<2, 4>(params, stream);
+  }
+  if (params.m <= 4) return Enqueue<4, 1>(params, stream);
+  if (params.m <= 8) return Enqueue<8, 1>(params, stream);
+  return Enqueue<16, 1>(params, stream);
 }
 
 }  // namespace winnow::kernels::internal

@@ -14,7 +14,7 @@
 // follow each other. A tile is kRows rows of w. The 64 rows of wgmma's A are those of kSlices
 // units, and B's columns hold x of the same units, so that each row of A has some columns of use:
 // x fills no more memory than it must, 2 bytes for each k and row. The sum of an output is that of
-// its parts in a binary tree, whatever kM.
+// its parts in a binary tree, whatever the shape.
 namespace winnow::kernels::internal {
 
 inline constexpr int kE4m3Chunk = 128;  // k whose products are summed in the tensor core
@@ -27,10 +27,10 @@ inline constexpr int kE4m3MaxStages = 14, kE4m3MaxSlots = 32;
 inline constexpr int kE4m3XAhead = 3;                  // slots of x that are copied at once
 inline constexpr int kE4m3MinSlots = kE4m3XAhead + 1;  // unless there are all
 
-// Of a block that multiplies by kM rows of x.
-template <int kM>
+// Of a block that multiplies by kM_ rows of x.
+template <int kM_, int kSlices_>
 struct E4m3Shape {
-  static constexpr int kSlices = kM <= 4 ? 4 / kM : 1;
+  static constexpr int kM = kM_, kSlices = kSlices_;
   static constexpr int kRows = 64 / kSlices;            // of a tile
   static constexpr int kColumns = 2 * kM * kSlices;     // of B
   static constexpr int kUnits = kE4m3Groups * kSlices;  // of a block
@@ -65,9 +65,8 @@ struct E4m3Args {
   bool whole_parts = false;  // k is parts of `chunks`: the map is of four dimensions
 };
 
-template <int kM, int kWide>
+template <typename S, int kWide>
 constexpr int E4m3SharedBytes(int stages, int slots) {
-  using S = E4m3Shape<kM>;
   return kWide * (stages * kE4m3ChunkBytes + slots * (S::kXBytes + 4 * S::kPairs)) +
          4 * (2 * S::kSums + 2 * S::kOutputs) + static_cast<int>(sizeof(E4m3Barriers));
 }
@@ -87,9 +86,8 @@ struct E4m3Place {
   }
 };
 
-template <int kM, int kWide>
+template <typename S, int kWide>
 struct E4m3Block {
-  using S = E4m3Shape<kM>;
   static constexpr int kStage = kWide * kE4m3ChunkBytes, kSlot = kWide * S::kXBytes;
 
   const E4m3Args& a;

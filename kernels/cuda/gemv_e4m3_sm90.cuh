@@ -10,9 +10,8 @@ namespace winnow::kernels::internal {
 
 #if WINNOW_SM90A
 
-template <int kM, int kWide>
-__device__ __forceinline__ void CopyWeights(const E4m3Block<kM, kWide>& b, const CUtensorMap* map) {
-  using S = E4m3Shape<kM>;
+template <typename S, int kWide>
+__device__ __forceinline__ void CopyWeights(const E4m3Block<S, kWide>& b, const CUtensorMap* map) {
   const uint64_t policy = ReadOncePolicy();
   const bool paired = b.a.p.epilogue == GemvEpilogue::kSiluMul;
   const int rows = paired ? S::kRows / 2 : S::kRows;
@@ -43,13 +42,12 @@ __device__ __forceinline__ void CopyWeights(const E4m3Block<kM, kWide>& b, const
 }
 
 // What a warp of warpgroup `group` multiplies.
-template <int kM, int kWide>
+template <typename S, int kWide>
 class E4m3Multiplier {
  public:
-  using S = E4m3Shape<kM>;
   static constexpr int kTiles = S::kColumns / 8;
 
-  __device__ __forceinline__ E4m3Multiplier(const E4m3Block<kM, kWide>& b, int group, int warp,
+  __device__ __forceinline__ E4m3Multiplier(const E4m3Block<S, kWide>& b, int group, int warp,
                                             int lane)
       : b_(b), group_(group), warp_(warp), lane_(lane) {}
 
@@ -130,10 +128,10 @@ class E4m3Multiplier {
     ptx::BarrierWait(&b_.barriers->sums_empty[buffer], (i / 2 & 1) ^ 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int pair = 4 * n + lane_ % 4, slice = pair / kM, m = pair % kM;
+      const int pair = 4 * n + lane_ % 4, slice = pair / S::kM, m = pair % S::kM;
       const bool mine = slice == warp_ * S::kSlices / 4;
       const float* to = b_.sums + buffer * S::kSums +
-                        ((group_ * S::kSlices + slice) * kM + m) * S::kSumStride + row;
+                        ((group_ * S::kSlices + slice) * S::kM + m) * S::kSumStride + row;
       StoreSharedIf(mine, to, total[n][0]);
       StoreSharedIf(mine, to + 8, total[n][1]);
     }
@@ -141,28 +139,27 @@ class E4m3Multiplier {
     if (ptx::ArrivesForWarp(lane_)) ptx::BarrierArrive(&b_.barriers->sums_full[buffer]);
   }
 
-  const E4m3Block<kM, kWide>& b_;
+  const E4m3Block<S, kWide>& b_;
   const int group_, warp_, lane_;
   E4m3Place stage_, slot_;
 };
 
 // Adds the units' sums up, of a cluster's blocks too, and stores. Thread `e` has up to kValues sums
 // of a tile: with kSiluMul gate's and up's of its outputs in turn, else one of each.
-template <int kM, int kWide>
+template <typename S, int kWide>
 class E4m3Finisher {
  public:
-  using S = E4m3Shape<kM>;
   static constexpr int kValues = S::kOutputs > 2 * S::kXThreads ? S::kOutputs / S::kXThreads : 2;
 
-  __device__ __forceinline__ E4m3Finisher(const E4m3Block<kM, kWide>& b, int e)
+  __device__ __forceinline__ E4m3Finisher(const E4m3Block<S, kWide>& b, int e)
       : b_(b),
         p_(b.a.p),
         e_(e),
         paired_(p_.epilogue == GemvEpilogue::kSiluMul),
         columns_(paired_ ? S::kRows / 2 : S::kRows),
-        column_(e % columns_),
-        row_(e / columns_),
-        row_step_(S::kXThreads / columns_) {
+        column_(e & (columns_ - 1)),
+        row_(paired_ ? e / (S::kRows / 2) : e / S::kRows),
+        row_step_((paired_ ? 2 : 1) * (S::kXThreads / S::kRows)) {
     Load(b.first_tile);
   }
 
@@ -228,7 +225,7 @@ class E4m3Finisher {
     const float* sums = b_.sums + buffer * S::kSums + m * S::kSumStride + row;
     float v[S::kUnits];
 #pragma unroll
-    for (int u = 0; u < S::kUnits; ++u) v[u] = sums[u * kM * S::kSumStride];
+    for (int u = 0; u < S::kUnits; ++u) v[u] = sums[u * S::kM * S::kSumStride];
 #pragma unroll
     for (int width = 1; width < S::kUnits; width *= 2) {
 #pragma unroll
@@ -269,7 +266,7 @@ class E4m3Finisher {
     return true;
   }
 
-  const E4m3Block<kM, kWide>& b_;
+  const E4m3Block<S, kWide>& b_;
   const GemvParams& p_;
   const int e_;
   const bool paired_;
@@ -277,15 +274,14 @@ class E4m3Finisher {
   float scale_[2], old_[kValues];
 };
 
-template <int kM, int kWide>
-__device__ __forceinline__ void FinishE4m3(const E4m3Block<kM, kWide>& b, int warp, int lane) {
-  using S = E4m3Shape<kM>;
+template <typename S, int kWide>
+__device__ __forceinline__ void FinishE4m3(const E4m3Block<S, kWide>& b, int warp, int lane) {
   const int all = b.held ? b.steps : b.Tiles() * b.steps;
   ptx::WaitForPredecessors();
-  E4m3XCopies<kM, kWide> copies(b, all, warp, lane);
+  E4m3XCopies<S, kWide> copies(b, all, warp, lane);
 #pragma unroll 1
   for (int i = 0; i < kE4m3XAhead - 1; ++i) copies.Next();
-  E4m3Finisher<kM, kWide> finisher(b, 32 * warp + lane);
+  E4m3Finisher<S, kWide> finisher(b, 32 * warp + lane);
   E4m3Place slot;
   int i = 0, split = 0;
 #pragma unroll 1
@@ -296,8 +292,8 @@ __device__ __forceinline__ void FinishE4m3(const E4m3Block<kM, kWide>& b, int wa
       copies.Next();
       WaitCopies<kE4m3XAhead - 1>();
       __syncwarp();
-      SplitX<kM, kWide>(b.x + slot.at * b.kSlot, b.factors + slot.at * (kWide * S::kPairs), warp,
-                        lane);
+      SplitX<S, kWide>(b.x + slot.at * b.kSlot, b.factors + slot.at * (kWide * S::kPairs), warp,
+                       lane);
       ptx::FenceForWgmma();
       __syncwarp();
       if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&b.barriers->x_full[slot.at]);
@@ -309,11 +305,10 @@ __device__ __forceinline__ void FinishE4m3(const E4m3Block<kM, kWide>& b, int wa
 #endif  // WINNOW_SM90A
 
 // Dynamic shared memory: the ring | x | sums | inbox | factors | barriers.
-template <int kM, int kWide>
-__global__ void __launch_bounds__(E4m3Shape<kM>::kThreads, E4m3Shape<kM>::kBlocks)
+template <typename S, int kWide>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     GemvE4m3Kernel(const __grid_constant__ E4m3Args args, const __grid_constant__ CUtensorMap map) {
 #if WINNOW_SM90A
-  using S = E4m3Shape<kM>;
   extern __shared__ __align__(1024) uint8_t ring[];
   // By the shuffle the compiler knows that it is a warp's, and keeps addresses in its registers.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
@@ -352,26 +347,26 @@ __global__ void __launch_bounds__(E4m3Shape<kM>::kThreads, E4m3Shape<kM>::kBlock
   if (args.cluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   const int block = static_cast<int>(blockIdx.x);
   const int pass_steps = args.chunks / kWide;
-  const E4m3Block<kM, kWide> b{.a = args,
-                               .ring = ring,
-                               .x = x,
-                               .sums = sums,
-                               .inbox = inbox,
-                               .factors = factors,
-                               .barriers = barriers,
-                               .rank = block % args.cluster,
-                               .first_tile = block / args.cluster,
-                               .tile_step = static_cast<int>(gridDim.x) / args.cluster,
-                               .pass_steps = pass_steps,
-                               .steps = args.passes * pass_steps,
-                               .held = args.slots == args.passes * pass_steps};
+  const E4m3Block<S, kWide> b{.a = args,
+                              .ring = ring,
+                              .x = x,
+                              .sums = sums,
+                              .inbox = inbox,
+                              .factors = factors,
+                              .barriers = barriers,
+                              .rank = block % args.cluster,
+                              .first_tile = block / args.cluster,
+                              .tile_step = static_cast<int>(gridDim.x) / args.cluster,
+                              .pass_steps = pass_steps,
+                              .steps = args.passes * pass_steps,
+                              .held = args.slots == args.passes * pass_steps};
   if (warp < kE4m3MathWarps) {
-    E4m3Multiplier<kM, kWide>(b, warp / 4, warp % 4, lane).Run();
+    E4m3Multiplier<S, kWide>(b, warp / 4, warp % 4, lane).Run();
   } else if (warp < kE4m3MathWarps + S::kXWarps) {
     if (args.cluster > 1) ClusterWaitAll();
-    FinishE4m3<kM, kWide>(b, warp - kE4m3MathWarps, lane);
+    FinishE4m3<S, kWide>(b, warp - kE4m3MathWarps, lane);
   } else if (lane == 0) {
-    CopyWeights<kM, kWide>(b, &map);
+    CopyWeights<S, kWide>(b, &map);
   }
   // No block's memory is written after it has ended: it waits for all that is.
   __syncwarp();

@@ -10,24 +10,23 @@ namespace winnow::kernels::internal {
 
 // Copies of x as it is, running ahead of what is split. Warp w of kXWarps copies and splits pairs
 // 4 * w to 4 * w + 3, then 4 * kXWarps further.
-template <int kM, int kWide>
+template <typename S, int kWide>
 class E4m3XCopies {
  public:
-  using S = E4m3Shape<kM>;
   static constexpr int kPairs = kWide * S::kPairs;
   static constexpr int kEach = 2 * ((kPairs + 4 * S::kXWarps - 1) / (4 * S::kXWarps));
 
   // Of the first `steps` slots.
-  __device__ __forceinline__ E4m3XCopies(const E4m3Block<kM, kWide>& b, int steps, int warp,
+  __device__ __forceinline__ E4m3XCopies(const E4m3Block<S, kWide>& b, int steps, int warp,
                                          int lane)
       : b_(b), steps_(steps), to_(ptx::SharedAddress(b.x) + 16 * (lane % 16)) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int pair = 4 * warp + 4 * S::kXWarps * (i / 2) + 2 * (i % 2) + lane / 16;
-      const int m = pair % kM;
+      const int m = pair % S::kM;
       pair_[i] = pair;
       // A row that is not there is past the end of k, which nothing is copied from.
-      k_[i] = b.FirstK(pair % S::kPairs / kM) + pair / S::kPairs * kE4m3Chunk + 8 * (lane % 16);
+      k_[i] = b.FirstK(pair % S::kPairs / S::kM) + pair / S::kPairs * kE4m3Chunk + 8 * (lane % 16);
       from_[i] = b.a.p.x + m * b.a.p.ldx;
       if (m >= b.a.p.m) k_[i] = b.a.p.k;
     }
@@ -51,7 +50,7 @@ class E4m3XCopies {
   }
 
  private:
-  const E4m3Block<kM, kWide>& b_;
+  const E4m3Block<S, kWide>& b_;
   int steps_, step_ = 0, pair_[kEach], k_[kEach];
   const Bf16* from_[kEach];
   const uint32_t to_;
@@ -80,9 +79,8 @@ __device__ __forceinline__ void SplitPair(uint32_t x, float scale, uint16_t* hi,
 // [2^7, 2^8), is hi, rounded to e4m3's four significant bits, plus lo. That is exact down to 2^-9
 // of the largest, and off by 2^-17 of it below. `factors` [kWide][kPairs]: one over the power.
 // What is not finite makes its row NaN, by the factor.
-template <int kM, int kWide>
+template <typename S, int kWide>
 __device__ __forceinline__ void SplitX(uint8_t* slot, float* factors, int warp, int lane) {
-  using S = E4m3Shape<kM>;
   constexpr int kPairs = kWide * S::kPairs;
   const int column = lane % 8;
 #pragma unroll

@@ -332,6 +332,8 @@ std::vector<GemvCase> GemvCases() {
       add(13, 2 * 37, k, GemvEpilogue::kSiluMul);
     }
     // e4m3: more tiles than blocks, one a tile and two, which do not hold all of x.
+    add(2, 8600, 1024, GemvEpilogue::kSiluMul, true, 1, 1);
+    add(1, 8600, 2048, GemvEpilogue::kAdd, false, 3, 1);
     add(4, 8500, 512);
     add(8, 8500, 512);
     add(16, 8500, 1024);

@@ -115,10 +115,11 @@ class ScriptTest(unittest.TestCase):
         self.addCleanup(temp.cleanup)
         self.dir = pathlib.Path(temp.name)
 
-    def bench(self, name, *lines, status=0):
+    def bench(self, name, *lines, status=0, commit="abc"):
         path = self.dir / name
         text = "".join(f"echo '{line}'\n" for line in lines)
-        path.write_text(f"#!/bin/sh\n{text}exit {status}\n", encoding="utf-8")
+        path.write_text(f"#!/bin/sh\n# winnow bench built from {commit}\n{text}exit {status}\n",
+                        encoding="utf-8")
         path.chmod(0o755)
 
     def run_script(self, *args):
@@ -178,6 +179,14 @@ class ScriptTest(unittest.TestCase):
         result = self.run_script("--only", "compact_decode", "--allow-missing")
         self.assertEqual(result.returncode, 2)
         self.assertFalse((self.dir / "out.json").exists())
+
+    def test_a_bench_of_another_commit_stops_it(self):
+        for commit in ("abd", "abc-dirty"):
+            self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0)), commit=commit)
+            result = self.run_script("--only", "compact_decode", "--allow-missing")
+            self.assertEqual(result.returncode, 2)
+            self.assertIn(f"was built from {commit}, not abc", result.stderr)
+            self.assertFalse((self.dir / "out.json").exists())
 
     def test_a_part_that_fails_leaves_the_others_rows(self):
         self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0, limit_us=9.0)))

@@ -20,8 +20,8 @@ inline dim3 MarkGrid(const DmsPrefillBatch& b) {
               static_cast<unsigned>(pieces));
 }
 
-// Whether band token `i`, any of [0, band + 31], is one that is kept. One load at most
-// and no branch before it, so that many are under way at a time.
+// Whether band token `i`, from 0 on and perhaps past the band, is one that is kept. One load at
+// most and no branch before it, so that many are under way at a time.
 __device__ __forceinline__ bool Kept(const DmsPrefillCompactParams& p, const DmsPrefillSequence& s,
                                      int head, int i, int band) {
   const int own = i + p.batch.shift;  // the token whose decision it is

@@ -1,21 +1,106 @@
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/gemv.h"
-#include "kernels/cuda/gemv_device.cuh"
 #include "kernels/cuda/gemv_sm90.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma_sync.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace winnow::kernels {
 namespace {
 
 constexpr int kPortableWarps = 8;
+constexpr int kTileRows = 16;  // of w
 
-// The portable kernel: a block a tile of 16 rows, which its warps share by steps of 64 bytes of
-// each row; their sums are added in order. The fragments are those of gemv_bf16_sm90.cuh.
+// The lower / upper two e4m3 codes of `w` as two BF16, exact (0x7f and 0xff, never stored, are
+// +-480): as a BF16 the same sign, exponent and mantissa bits are worth 2^-120 of it.
+template <int kHalf>
+__device__ __forceinline__ uint32_t E4m3PairToBf16(uint32_t w) {
+  const uint32_t x = __byte_perm(w, 0, kHalf == 0 ? 0x1404 : 0x3424);
+  const uint32_t bits = (x & 0x80008000u) | ((x >> 4) & 0x07f007f0u);
+  constexpr uint32_t kTwoTo120 = 0x7b807b80u;
+  __nv_bfloat162 value, factor;
+  memcpy(&value, &bits, 4);
+  memcpy(&factor, &kTwoTo120, 4);
+  value = __hmul2(value, factor);
+  uint32_t out;
+  memcpy(&out, &value, 4);
+  return out;
+}
+
+// Row of w behind row `r` of a tile, -1 past the end. kSiluMul pairs eight gate rows with the
+// eight up rows of the same columns.
+__device__ __forceinline__ int GemvRow(const GemvParams& p, int tile, int r) {
+  if (p.epilogue == GemvEpilogue::kSiluMul) {
+    const int column = 8 * tile + r % 8;
+    return column < p.n / 2 ? column + (r < 8 ? 0 : p.n / 2) : -1;
+  }
+  const int row = kTileRows * tile + r;
+  return row < p.n ? row : -1;
+}
+
+// Four consecutive rows of a tile: what the epilogue reads besides the sums.
+struct GemvQuad {
+  float scale[4], old[4];
+};
+__device__ __forceinline__ void LoadScales(const GemvParams& p, int tile, int quad, GemvQuad* q) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = GemvRow(p, tile, 4 * quad + j);
+    q->scale[j] = p.w_scale != nullptr && row >= 0 ? p.w_scale[row] : 1.0f;
+  }
+}
+__device__ __forceinline__ void LoadOld(const GemvParams& p, int tile, int m, int quad,
+                                        GemvQuad* q) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = GemvRow(p, tile, 4 * quad + j);
+    q->old[j] = p.epilogue == GemvEpilogue::kAdd && row >= 0 ? p.out_f32[m * p.ldo + row] : 0.0f;
+  }
+}
+
+// Writes the quad's outputs; the lanes of a warp hold quads (lane % 4) of rows lane / 4 of x, and
+// all get here. `store`: the lane's row of x exists.
+__device__ __forceinline__ void FinishGemvQuad(const GemvParams& p, int tile, int m, int quad,
+                                               const GemvQuad& q, float (&y)[4], bool store) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) y[j] *= q.scale[j];
+  if (p.epilogue == GemvEpilogue::kAdd) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) y[j] = q.old[j] + y[j];
+  }
+  if (p.epilogue == GemvEpilogue::kSiluMul) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float up = __shfl_down_sync(0xffffffffu, y[j], 2);
+      y[j] = y[j] / (1.0f + expf(-y[j])) * up;
+    }
+    store = store && quad < 2;
+  }
+  if (!store) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int row = GemvRow(p, tile, 4 * quad + j);
+    if (row < 0) continue;
+    const int64_t at = m * p.ldo + row;
+    if (p.out_f32 != nullptr) {
+      p.out_f32[at] = y[j];
+    } else {
+      p.out_bf16[at].bits = static_cast<uint16_t>(ptx::PackBf16(y[j], 0.0f));
+    }
+  }
+}
+
+// The portable kernel: a block a tile of 16 rows of w, the A operand of mma.m16n8k16, whose columns
+// are the rows of x. Its warps share a row by steps of 64 bytes, their sums are added in order.
+// k is permuted alike in both operands: a lane's fragments are 16 bytes that lie together.
 template <bool kE4m3, int kTiles>
 __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const GemvParams p) {
   __shared__ float4 warp_sums[kPortableWarps][32 * kTiles];
@@ -25,7 +110,7 @@ __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const Gemv
   const auto load = [](const uint8_t* row, int64_t at, bool inside) {
     return inside ? *reinterpret_cast<const uint4*>(row + at) : uint4{};
   };
-  const int rows[2] = {device::GemvRow(p, tile, g), device::GemvRow(p, tile, g + 8)};
+  const int rows[2] = {GemvRow(p, tile, g), GemvRow(p, tile, g + 8)};
   const uint8_t* w[2];
   for (int i = 0; i < 2; ++i) {
     w[i] = static_cast<const uint8_t*>(p.w) + int64_t{max(rows[i], 0)} * row_bytes;
@@ -49,8 +134,8 @@ __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const Gemv
           for (int i = 0; i < 2; ++i) {
             const uint32_t l = low[2 * half + i], h = high[2 * half + i];
             device::MmaBf16(sums[n],
-                            make_uint4(device::E4m3PairToBf16<0>(l), device::E4m3PairToBf16<0>(h),
-                                       device::E4m3PairToBf16<1>(l), device::E4m3PairToBf16<1>(h)),
+                            make_uint4(E4m3PairToBf16<0>(l), E4m3PairToBf16<0>(h),
+                                       E4m3PairToBf16<1>(l), E4m3PairToBf16<1>(h)),
                             pairs[2 * i], pairs[2 * i + 1]);
           }
         }
@@ -82,10 +167,10 @@ __global__ void __launch_bounds__(32 * kPortableWarps) PortableKernel(const Gemv
     y[3] += quads[e].w;
   }
   const bool mine = m < p.m;
-  device::GemvQuad extra{};
-  device::LoadScales(p, tile, e % 4, &extra);
-  if (mine) device::LoadOld(p, tile, m, e % 4, &extra);
-  device::FinishGemvQuad(p, tile, m, e % 4, extra, y, mine);
+  GemvQuad extra{};
+  LoadScales(p, tile, e % 4, &extra);
+  if (mine) LoadOld(p, tile, m, e % 4, &extra);
+  FinishGemvQuad(p, tile, m, e % 4, extra, y, mine);
 }
 
 template <bool kE4m3>
@@ -111,7 +196,8 @@ absl::Status ValidateGemv(const GemvParams& p) {
   if (p.weights > GemvWeights::kE4m3) return Invalid("weights", static_cast<int>(p.weights));
   if (p.epilogue > GemvEpilogue::kSiluMul) return Invalid("epilogue", static_cast<int>(p.epilogue));
   const bool paired = p.epilogue == GemvEpilogue::kSiluMul, e4m3 = p.weights == GemvWeights::kE4m3;
-  if (p.n < 1 || (paired && p.n % 2 != 0)) return Invalid("n", p.n);
+  constexpr int kMost = 1 << 30;  // rows of w are stepped through in 32 bits
+  if (p.n < 1 || p.n > kMost || (paired && p.n % 2 != 0)) return Invalid("n", p.n);
   if (p.k < 1 || p.k % (e4m3 ? 16 : 8) != 0) return Invalid("k", p.k);
   if (p.k > kMaxGemvK) return absl::UnimplementedError(absl::StrCat("gemv: k=", p.k));
   if (p.ldx < p.k || p.ldx % 8 != 0) return Invalid("ldx", p.ldx);

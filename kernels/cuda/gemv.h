@@ -15,9 +15,9 @@
 //   kSiluMul: out[i, j] = silu(y[i, j]) * y[i, n / 2 + j], j < n / 2, silu(g) = g / (1 + exp(-g))
 //
 // Products of BF16 are exact and summed in float. Beside e4m3 on sm_90a, x is the sum of two e4m3
-// numbers, off by up to 2^-17 of the largest of its 128, and products are summed in FP8 tensor
-// cores, which drop what is under 2^-13 of the largest of 32 and of their sum; every 128 are added
-// up in float. In the middle y is off by 2^-12 of its size for random numbers, half of what
+// numbers, off by up to 2^-17 of the largest of its 128 or 2^-136, and products are summed in FP8
+// tensor cores, which drop what is under 2^-13 of the largest of 32 and of their sum; every 128 are
+// added up in float. In the middle y is off by 2^-12 of its size for random numbers, half of what
 // rounding it to BF16 costs. A row whose x is not finite is NaN. (Elsewhere: as BF16.)
 // The order depends on k alone, so a row of `out` has the same bits whatever m and the other rows.
 namespace winnow::kernels {

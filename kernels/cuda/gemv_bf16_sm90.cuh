@@ -9,7 +9,6 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/gemv_copies.cuh"
-#include "kernels/cuda/gemv_device.cuh"
 #include "kernels/cuda/gemv_launch.cuh"
 #include "kernels/cuda/mma_sync.cuh"
 
@@ -176,8 +175,8 @@ __device__ __forceinline__ GemvOutput OutputOf(const GemvBf16Args& a, const Gemv
 __device__ __forceinline__ void StoreOutput(const GemvParams& p, const GemvOutput& out,
                                             const float (&old)[4], float (&y)[4]) {
   if (p.epilogue == GemvEpilogue::kSiluMul) {
-    // The quotient is within two units in the last place: a correctly rounded one is a long way for
-    // code that runs once.
+    // The quotient is within two units in the last place, and 0 past a divisor of 2^126: a
+    // correctly rounded one is a long way for code that runs once.
 #pragma unroll
     for (float& v : y) {
       const float up = __shfl_down_sync(0xffffffffu, v, 16);

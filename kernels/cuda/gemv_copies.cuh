@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/gemv_device.cuh"
+#include "kernels/cuda/gemv.h"
 #include "kernels/cuda/ptx.cuh"
 
 // How the weight-streaming kernels for sm_90a move data: copies into shared memory, its layout for
@@ -10,13 +10,11 @@
 namespace winnow::kernels::internal {
 
 inline constexpr int kGemvMathWarps = 8;
-inline constexpr int kGemvThreads = 32 * (kGemvMathWarps + 3);
 inline constexpr int kGemvSlice = 4096;                // elements
 inline constexpr int kGemvChunk = 1024;                // bytes of a weight row
 inline constexpr int kGemvWarpBytes = kGemvChunk / 8;  // of them, a warp's
-inline constexpr int kGemvSteps = kGemvWarpBytes / 64;
-inline constexpr int kGemvStage = 16 * kGemvChunk;   // all warps'
-inline constexpr int kGemvSharedBytes = 225 * 1024;  // dynamic, at most
+inline constexpr int kGemvStage = 16 * kGemvChunk;     // all warps'
+inline constexpr int kGemvSharedBytes = 225 * 1024;    // dynamic, at most
 
 #if WINNOW_SM90A
 

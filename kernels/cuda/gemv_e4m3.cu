@@ -29,7 +29,7 @@ absl::StatusOr<int> SmCount() {
 }
 
 // Of w, as CopyWeights() asks for it.
-template <typename S, int kWide>
+template <typename S>
 absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
   const bool paired = a.p.epilogue == GemvEpilogue::kSiluMul;
   const auto n = static_cast<uint64_t>(a.p.n), k = static_cast<uint64_t>(a.p.k);
@@ -57,7 +57,7 @@ absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
   static std::atomic<int> known[kGemvDevices][2];
   int device = 0;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, (WeightMap<S, kWide>(args)));
+  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, WeightMap<S>(args));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -94,7 +94,8 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
     return E4m3SharedBytes<S, kWide>(stages, args.slots) <= most;
   };
   // A block a tile, unless half of them would have none or all of x does not fit: two then, each
-  // half of k. If that does not fit either, x is in slots that are filled again for each tile.
+  // half of k, where a block's groups and slices leave two halves. If that does not fit either, x
+  // is in slots that are filled again for each tile.
   bool held = false;
   const int least = S::kPasses > 1 && 2 * args.num_tiles <= sms ? 2 : 1;
   for (int cluster = least; cluster <= std::min(S::kPasses, 2) && !held; ++cluster) {

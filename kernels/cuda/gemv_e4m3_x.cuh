@@ -77,8 +77,9 @@ __device__ __forceinline__ void SplitPair(uint32_t x, float scale, uint16_t* hi,
 
 // A slot of x, split in place: x times a power of two, which brings the largest of a row's chunk to
 // [2^7, 2^8), is hi, rounded to e4m3's four significant bits, plus lo. That is exact down to 2^-9
-// of the largest, and off by 2^-17 of it below. `factors` [kWide][kPairs]: one over the power.
-// What is not finite makes its row NaN, by the factor.
+// of the largest, and off by 2^-17 of it below (2^-136 if that is more: the power ends at 2^126).
+// `factors` [kWide][kPairs]: one over the power. What is not finite makes its row NaN, by the
+// factor.
 template <typename S, int kWide>
 __device__ __forceinline__ void SplitX(uint8_t* slot, float* factors, int warp, int lane) {
   constexpr int kPairs = kWide * S::kPairs;

@@ -3,7 +3,7 @@
 #include "absl/status/status.h"
 #include "kernels/cuda/gemv.h"
 
-// The weight-streaming kernel for sm_90a: one instantiation a file.
+// The weight-streaming kernels for sm_90a, one for each kind of weights.
 namespace winnow::kernels::internal {
 
 // `params` is valid and params.m > 0.

@@ -11,9 +11,9 @@
 
 // A linear layer's product by what suits its number of rows (gemm_gpu_bench times both):
 //   out[i, j] (+)= w_scale[j] * sum_k x[i, k] * w[j, k]
-// Up to kMaxGemvRows rows of k up to kMaxGemvK LaunchGemv: exact products, and a row has the same
-// bits whatever the batch. Past either cuBLASLt: by e4m3 weights, rows of x are first quantized to
-// e4m3 with a scale each (matmul_quantize.h says what is lost), and bits depend on m.
+// Up to kMaxGemvRows rows of k up to kMaxGemvK LaunchGemv (gemv.h says what a sum is off by): a row
+// has the same bits whatever the batch. Past either cuBLASLt: by e4m3 weights, rows of x are first
+// quantized to e4m3 with a scale each (matmul_quantize.h says what is lost), and bits depend on m.
 namespace winnow::kernels {
 
 // All pointers are device pointers.

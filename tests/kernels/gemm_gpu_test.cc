@@ -202,7 +202,7 @@ class GemvRun {
 
   // Products are exact in float. A tensor core's sum of 16 products and what was there loses at
   // most 2^-23 of the largest for each; eight warps each sum an eighth of k, and what they and
-  // eight slices have is added by less than 16 roundings.
+  // both halves of k have is added by less than 16 roundings.
   Sum SumOf(int i, int j, bool portable) const {
     if (!c_.integers && e4m3_ && !portable && have_sm90_) return E4m3SumOf(i, j);
     double value = 0, size = 0;
@@ -312,7 +312,7 @@ std::vector<GemvCase> GemvCases() {
     add(1, 1, e4m3 ? 16 : 8);
     for (int m = 1; m <= kMaxGemvRows; ++m) add(m, 37, 208);
     for (const int n : {15, 16, 17, 31, 2113}) add(3, n, 64);
-    // Around a step of 64 bytes, a stage and a slice; 2, 3 and 8 slices.
+    // Around a step of 64 bytes, a stage, and the k from which BF16 has two blocks a sum.
     for (const int k :
          {48, 80, 496, 512, 528, 1008, 1024, 1040, 2064, 4080, 4096, 4112, 8208, 12288, 32768}) {
       add(5, 19, k);
@@ -338,7 +338,16 @@ std::vector<GemvCase> GemvCases() {
     add(8, 8500, 512);
     add(16, 8500, 1024);
     add(9, 4300, 8192);
-    // x leaves room for the shortest rings alone.
+    // Clusters of two with more tiles than sums on their way; one block a tile by 3 and 8 rows;
+    // x streamed for several tiles of a block.
+    if (e4m3) {
+      add(9, 21500, 4096);
+      add(9, 2 * 10750, 4096, GemvEpilogue::kSiluMul, true, 1, 1);
+      add(3, 9000, 2048);
+      add(5, 9000, 4096);
+      add(2, 4096, kMaxGemvK);
+    }
+    // e4m3: x does not fit, and is streamed.
     for (const int k : {14336, 17408, 18944, 25600, 28672, 29568, kMaxGemvK}) {
       add(15, 21, k);
       add(16, 50, k);

@@ -340,12 +340,12 @@ TEST_F(MatmulGpu, LinearIsExactOnIntegersOnBothSides) {
   std::mt19937 rng(5);
   for (const GemvWeights weights : {GemvWeights::kBf16, GemvWeights::kE4m3}) {
     const bool e4m3 = weights == GemvWeights::kE4m3;
-    for (const auto [m, k] : std::initializer_list<std::pair<int, int>>{{1, 272},
-                                                                        {16, 272},
-                                                                        {17, 272},
-                                                                        {100, 272},
-                                                                        {1, kMaxGemvK + 16},
-                                                                        {16, kMaxGemvK + 16}}) {
+    for (const auto& [m, k] : std::initializer_list<std::pair<int, int>>{{1, 272},
+                                                                         {16, 272},
+                                                                         {17, 272},
+                                                                         {100, 272},
+                                                                         {1, kMaxGemvK + 16},
+                                                                         {16, kMaxGemvK + 16}}) {
       const auto columns = static_cast<size_t>(k);
       const size_t size = static_cast<size_t>(m) * kN;
       std::vector<Bf16> x(static_cast<size_t>(m) * columns);

@@ -188,6 +188,12 @@ class ScriptTest(unittest.TestCase):
             self.assertIn(f"was built from {commit}, not abc", result.stderr)
             self.assertFalse((self.dir / "out.json").exists())
 
+    def test_a_bench_that_does_not_know_its_commit_runs(self):
+        self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0)), commit="unknown")
+        result = self.run_script("--only", "compact_decode", "--allow-missing")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("abc is not checked", result.stderr)
+
     def test_a_part_that_fails_leaves_the_others_rows(self):
         self.bench("compact_decode_bench", json.dumps(ours("decode_bw", 10.0, limit_us=9.0)))
         self.bench("dms_prefill_bench", json.dumps(ours("prefill/d64/8k", 10.0)), status=3)

@@ -8,6 +8,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/compact_decode_attention.cuh"
 #include "kernels/cuda/compact_decode_attention.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -55,10 +56,7 @@ absl::Status LaunchFormat(KvFormatId format, const device::CompactDecodeArgs& ar
 
 // Of all bytes of the pool as rows of 128; how many there are is not known here.
 absl::StatusOr<CUtensorMap> PagesMap(const DeviceSpans& spans) {
-  int device = 0, major = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int major, DeviceAttribute<cudaDevAttrComputeCapabilityMajor>());
   if (major < 9) return CUtensorMap{};  // the portable code does not use it
   const uint64_t sizes[] = {64, uint64_t{1} << 31}, strides[] = {128};
   // What a format uses of a page: K and V, and a row of scales where it has them.

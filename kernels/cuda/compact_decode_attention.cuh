@@ -11,6 +11,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/compact_decode_merge.cuh"
 #include "kernels/cuda/compact_decode_producer.cuh"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/launch.cuh"
 
 // The kernel of compact_decode_attention; one file an instantiation includes this.
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 #endif
   __syncthreads();
 #if WINNOW_SM90A
-  if (args.gather_slots > 0) ClusterArrive();
+  if (args.gather_slots > 0) ptx::ClusterArriveRelaxed();
 #endif
   if (warp == kDecodeWarps + kMergeWarps) {
     DecodeProducer<kK, kV, kDim, kHeads>(args, &map, memory, shared, lane).Run();
@@ -180,16 +181,12 @@ absl::StatusOr<int> ClustersAtOnce(Kernel* kernel, const cudaLaunchConfig_t& con
 template <KvElement kK, KvElement kV, int kDim, int kHeads>
 absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cudaStream_t stream) {
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
-  constexpr int kDevices = 16;
-  static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];
-  int device = 0, num_sms = 0, sm_bytes = 0, block_bytes = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    return CudaStatus(cudaDeviceGetAttribute(value, attribute, device));
-  };
-  WINNOW_RETURN_IF_ERROR(get(&num_sms, cudaDevAttrMultiProcessorCount));
-  WINNOW_RETURN_IF_ERROR(get(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
-  WINNOW_RETURN_IF_ERROR(get(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  static std::atomic<int> known[kRememberedDevices][kMaxClusterBlocks + 1];
+  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
+  WINNOW_ASSIGN_OR_RETURN(const int sm_bytes,
+                          DeviceAttribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>());
+  WINNOW_ASSIGN_OR_RETURN(const int block_bytes, SharedBytesLimit());
   auto* kernel = CompactDecodeKernel<kK, kV, kDim, kHeads>;
   const bool sm90 = CanWaitForPredecessors(reinterpret_cast<const void*>(kernel));
   const int cluster = sm90 ? DecodeClusterBlocks(launch.num_rows) : 1;
@@ -241,7 +238,8 @@ absl::Status LaunchHeads(CompactDecodeArgs args, const DecodeLaunch& launch, cud
     config.gridDim = dim3(static_cast<unsigned>(cluster));
     WINNOW_ASSIGN_OR_RETURN(
         const int clusters,
-        ClustersAtOnce(kernel, config, device < kDevices ? &known[device][cluster] : nullptr));
+        ClustersAtOnce(kernel, config,
+                       device < kRememberedDevices ? &known[device][cluster] : nullptr));
     grid = std::max(std::min(grid / cluster, clusters), launch.num_rows) * cluster;
   }
   config.gridDim = dim3(static_cast<unsigned>(grid));

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/compact_decode_shared.cuh"
+#include "kernels/cuda/ptx_cluster.cuh"
 
 // How the blocks of a cluster merge a span that they share: each head has a block, into whose
 // shared memory all of them store their pieces' results of that head.
@@ -22,15 +23,6 @@ constexpr size_t GatherBytes(int slots) {
 
 #if WINNOW_SM90A
 
-// Of all threads of the cluster, once: the barriers that they initialized before, and fenced, are
-// there after the wait.
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterWaitAll() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // The merging warps' view of a span that its cluster shares. Of the `num_active` blocks that have
 // pieces, block r merges heads r, r + num_active, ...
 template <int kDim, int kHeads>
@@ -43,11 +35,8 @@ class SpanGather {
         norm_(reinterpret_cast<float2*>(out_ + slots * kDim)),
         full_(full),
         num_pieces_(num_pieces) {
-    uint32_t rank, size;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    rank_ = static_cast<int>(rank);
-    num_active_ = min(static_cast<int>(size), num_pieces);
+    rank_ = ptx::ClusterRank();
+    num_active_ = min(ptx::ClusterSize(), num_pieces);
     num_own_ = rank_ < group ? (group - rank_ + num_active_ - 1) / num_active_ : 0;
   }
 
@@ -64,25 +53,17 @@ class SpanGather {
   };
   __device__ __forceinline__ Target Aim(int head, int channel) const {
     const int slot = head / num_active_ * num_pieces_, block = head % num_active_;
-    return {AddressIn(out_ + slot * kDim + channel, block), AddressIn(norm_ + slot, block),
-            AddressIn(full_, block)};
+    return {ptx::AddressIn(out_ + slot * kDim + channel, block),
+            ptx::AddressIn(norm_ + slot, block), ptx::AddressIn(full_, block)};
   }
 
   // Stores them of a piece and, with the head's first ones, the rest.
   static __device__ __forceinline__ void Put(const Target& to, int piece, bool is_first,
                                              const float4& x, float max, float sum) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4},"
-        " [%5];" ::"r"(to.out + piece * kDim * static_cast<int>(sizeof(float))),
-        "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
-        "r"(__float_as_uint(x.w)), "r"(to.full)
-        : "memory");
+    ptx::StoreAsync(to.out + piece * kDim * static_cast<int>(sizeof(float)), x, to.full);
     if (is_first) {
-      asm volatile(
-          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2},"
-          " [%3];" ::"r"(to.norm + piece * static_cast<int>(sizeof(float2))),
-          "r"(__float_as_uint(max)), "r"(__float_as_uint(sum)), "r"(to.full)
-          : "memory");
+      ptx::StoreAsync(to.norm + piece * static_cast<int>(sizeof(float2)), make_float2(max, sum),
+                      to.full);
     }
   }
 
@@ -108,14 +89,7 @@ class SpanGather {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t AddressIn(const void* p, int block) {
-    uint32_t address;  // volatile: before the waits, not at its use
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(address)
-                 : "r"(ptx::SharedAddress(p)), "r"(block));
-    return address;
-  }
-  // For what other blocks have stored.
+  // ptx::BarrierWaitCluster() for the first phase: its parity as an operand costs registers.
   __device__ __forceinline__ void Wait() const {
     asm volatile(
         "{\n.reg .pred done;\nagain:\n"

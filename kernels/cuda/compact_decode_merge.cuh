@@ -161,7 +161,7 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
     int piece = view.first_page / view.unit;
     if (is_share) {
       if (tid == 0) gather.Expect();
-      ClusterWaitAll();  // the others' barriers are initialized
+      ptx::ClusterWaitAll();  // the others' barriers are initialized
 #pragma unroll
       for (int k = 0; k < Tasks::kTasks; ++k) target[k] = gather.Aim(Tasks::Head(k, tid), channel);
     }

@@ -42,16 +42,8 @@ inline constexpr uint32_t kFillArrivals = 32;
 #endif
 
 #if WINNOW_SM90A
-// LoadBox2() of bytes that are read once: they leave the L2 cache first.
-__device__ __forceinline__ void LoadBoxOnce(void* to, const CUtensorMap* map, uint64_t* barrier,
-                                            int c0, int c1) {
-  constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // createpolicy's, of the whole access
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(ptx::SharedAddress(to)),
-      "l"(map), "r"(ptx::SharedAddress(barrier)), "r"(c0), "r"(c1), "l"(kEvictFirst)
-      : "memory");
-}
+// Bytes that are read once leave the L2 cache first: createpolicy's, of a whole access.
+inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
 
 // True on one lane of a whole warp. The compiler knows that of elect.sync, and otherwise loops
 // over the lanes around each instruction that takes uniform registers.
@@ -115,7 +107,7 @@ __device__ __forceinline__ void RingFillPage(const CUtensorMap* map, int page, c
 #if WINNOW_SM90A
   if (ElectLane()) {
     ptx::BarrierArriveExpect(full, S::kUsedBytes);
-    LoadBoxOnce(to, map, full, 0, page * S::kPageRows);
+    ptx::LoadBox2Once(to, map, full, 0, page * S::kPageRows, kEvictFirst);
   }
 #else
   const uint8_t* from = pages + static_cast<int64_t>(page) * S::kPageBytes;

@@ -37,15 +37,6 @@ __device__ __forceinline__ float PowerOfTwo(int exponent) {
   return __int_as_float((127 + exponent) << 23);
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane l's address is a row of matrix l / 8.
-__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
-  uint4 w;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-               : "r"(address)
-               : "memory");
-  return w;
-}
 __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t w) {
   uint32_t out;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(w));

@@ -6,6 +6,7 @@
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/decode_plan.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace winnow::kernels {
@@ -274,10 +275,7 @@ absl::Status LaunchDecodePlan(const DecodePlanParams& params, StreamHandle strea
   if (params.num_seqs == 0) return absl::OkStatus();
   const int rows = params.num_seqs * params.spans.num_kv_heads;
   const int threads = std::min((rows + 31) / 32 * 32, kMaxThreads);
-  int device = 0, num_sms = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
   const int num_blocks = params.force_blocks > 0 ? params.force_blocks : 2 * num_sms;
   const bool clusters = params.force_blocks == 0 &&
                         CanWaitForPredecessors(reinterpret_cast<const void*>(DecodePlanKernel));

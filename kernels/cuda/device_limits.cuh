@@ -13,24 +13,29 @@
 // What the current device has, and the refusal of what it has not.
 namespace winnow::kernels {
 
-inline absl::StatusOr<int> DeviceAttribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaDeviceGetAttribute(&value, attribute, device)));
-  return value;
-}
+inline constexpr int kRememberedDevices = 16;  // beyond, nothing is
 
-// Bytes of shared memory that a block gets if it asks. The device is asked once.
-inline absl::StatusOr<int> SharedBytesLimit() {
-  constexpr int kDevices = 16;
-  static std::atomic<int> known[kDevices];
+inline absl::StatusOr<int> CurrentDevice() {
   int device = 0;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  int limit = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (limit > 0) return limit;
-  WINNOW_ASSIGN_OR_RETURN(limit, DeviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  if (device < kDevices) known[device].store(limit, std::memory_order_relaxed);
-  return limit;
+  return device;
+}
+
+// Of the current device, which is asked once.
+template <cudaDeviceAttr kAttribute>
+absl::StatusOr<int> DeviceAttribute() {
+  static std::atomic<int> known[kRememberedDevices];
+  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
+  int value = device < kRememberedDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value > 0) return value;
+  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaDeviceGetAttribute(&value, kAttribute, device)));
+  if (device < kRememberedDevices) known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+inline absl::StatusOr<int> NumSms() { return DeviceAttribute<cudaDevAttrMultiProcessorCount>(); }
+// Bytes of shared memory that a block gets if it asks.
+inline absl::StatusOr<int> SharedBytesLimit() {
+  return DeviceAttribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
 }
 
 // UNIMPLEMENTED, in the name of `op`, if a block needs `bytes` of shared memory, static and

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
 template <int kDim, KvElement kK, KvElement kV>
 absl::Status EnqueueStore(const DmsPrefillCompactParams& p, const PrefillScratch& scratch,
                           StreamHandle stream) {
-  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
   const int64_t items = int64_t{p.batch.max_band} * p.batch.num_kv_heads;
   const dim3 grid(static_cast<unsigned>(1 + (items + kBlockItems - 1) / kBlockItems),
                   static_cast<unsigned>(p.batch.batch));

@@ -76,7 +76,7 @@ absl::Status EnqueuePrefillFp8Sm90(const DmsPrefillFp8CudaParams& p, StreamHandl
   static_assert(kSharedBytes <= 227 * 1024);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       PrefillFp8Sm90Kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
   const int positions = TilePositions(b.head_dim, b.group);
   const float exponent_scale = p.scale * 1.44269504088896340736f * kFp8PerOctave;
   // A row's unit, 2^(exponent - 126), times that: from 2^-9 on, so that shifts are float16.

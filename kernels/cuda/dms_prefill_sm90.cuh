@@ -123,7 +123,7 @@ absl::Status EnqueuePrefillSm90(const DmsPrefillCudaParams& p, StreamHandle stre
   static_assert(kSharedBytes <= 227 * 1024);
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncSetAttribute(
       PrefillSm90Kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
   const PrefillKernelArgs args{.sequences = b.sequences,
                                .scratch = ScratchOf(b),
                                .out = p.out,

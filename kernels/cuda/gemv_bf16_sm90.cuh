@@ -11,6 +11,7 @@
 #include "kernels/cuda/gemv_copies.cuh"
 #include "kernels/cuda/gemv_launch.cuh"
 #include "kernels/cuda/mma_sync.cuh"
+#include "kernels/cuda/ptx_cluster.cuh"
 
 // The kernel for BF16 weights. A block an SM, which has an equal share of the rows of w, in tiles
 // of 16: it takes all of them through a chunk of k before the next, their sums in registers, so
@@ -236,10 +237,11 @@ __device__ __forceinline__ void AddUp(const GemvBf16Args& args, const GemvPart& 
       if constexpr (kPair) {
         float4* slot = inbox->sums + i * 32 + lane;
         if (turn == 0) {
-          StoreAsync(AddressIn(slot, owner), y, AddressIn(inbox->full, owner));
+          ptx::StoreAsync(ptx::AddressIn(slot, owner), make_float4(y[0], y[1], y[2], y[3]),
+                          ptx::AddressIn(inbox->full, owner));
           continue;
         }
-        ClusterWait(inbox->full, inbox->parity);
+        ptx::BarrierWaitCluster(inbox->full, inbox->parity);
         Add4(y, *slot);
       }
       StoreOutput(args.p, out, old, y);
@@ -280,8 +282,8 @@ __device__ __forceinline__ void FinishPass(const GemvBf16Args& args, const GemvP
     AddUp<kTiles, kPair>(args, part, tile0 + first, group, area, inbox);
     if (last) continue;
     if constexpr (kPair) {  // the inbox is free again, too
-      ClusterArrive();
-      ClusterWaitAll();
+      ptx::ClusterArrive();
+      ptx::ClusterWaitAll();
     } else {
       __syncthreads();
     }
@@ -355,7 +357,7 @@ __device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kDepth>* ring, int
       const uint32_t from = ring->Wait();
 #pragma unroll
       for (int j = 0; j < 2 * kTiles; ++j) {
-        x[h][j] = LoadMatrices(from + (read_x ^ (kTiles == 2 ? 32 : 64) * j));
+        x[h][j] = device::LoadMatrices(from + (read_x ^ (kTiles == 2 ? 32 : 64) * j));
       }
       ring->Pass();
     }
@@ -368,7 +370,7 @@ __device__ __forceinline__ void MultiplyPass(GemvRing<kTiles, kDepth>* ring, int
         const uint32_t from = ring->Wait();
         uint4 w[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[j] = LoadMatrices(from + (read_w ^ 32 * j));
+        for (int j = 0; j < 4; ++j) w[j] = device::LoadMatrices(from + (read_w ^ 32 * j));
         ring->Pass();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -406,13 +408,13 @@ __global__ void __launch_bounds__(kGemvBf16Threads, 1)
       ptx::FenceBarrierInit();
     }
     __syncwarp();
-    ClusterArrive();
+    ptx::ClusterArrive();
   }
   const GemvPart part = PartOf<kPair>(args);
   GemvRing<kTiles, kDepth> ring(memory + warp * kDepth * kGemvWarpStage,
                                 GemvStream<kTiles>(args, part, warp, lane));
   ring.Fill();
-  if constexpr (kPair) ClusterWaitAll();  // before the first message
+  if constexpr (kPair) ptx::ClusterWaitAll();  // before the first message
 #pragma unroll 1
   for (int tile0 = 0; tile0 < part.tiles; tile0 += part.pass_tiles) {
     const int tiles = min(part.pass_tiles, part.tiles - tile0);
@@ -426,10 +428,9 @@ __global__ void __launch_bounds__(kGemvBf16Threads, 1)
 
 template <int kTiles, bool kPair>
 absl::Status EnqueueGemvBf16(const GemvBf16Args& args, StreamHandle stream) {
-  static std::atomic<int> known[kGemvDevices];
+  static std::atomic<int> known[kRememberedDevices];
   constexpr int kBlocks = kPair ? 2 : 1;
-  int device = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -445,8 +446,8 @@ absl::Status EnqueueGemvBf16(const GemvBf16Args& args, StreamHandle stream) {
   config.numAttrs = kPair ? 2 : 1;
   const auto kernel = GemvBf16Kernel<kTiles, kPair>;
   WINNOW_ASSIGN_OR_RETURN(const int clusters,
-                          GemvClusters(kernel, config, kBlocks, device,
-                                       device < kGemvDevices ? &known[device] : nullptr));
+                          GemvClusters(kernel, config, kBlocks,
+                                       device < kRememberedDevices ? &known[device] : nullptr));
   // At least a tile for a block: x costs as much.
   const int most = (args.units + args.tile_units - 1) / args.tile_units;
   config.gridDim.x = static_cast<unsigned>(std::min(clusters, most) * kBlocks);

@@ -5,8 +5,8 @@
 #include "kernels/cuda/gemv.h"
 #include "kernels/cuda/ptx.cuh"
 
-// How the weight-streaming kernels for sm_90a move data: copies into shared memory, its layout for
-// BF16 weights, and messages between the blocks of a cluster.
+// How the weight-streaming kernels for sm_90a move data: copies into shared memory, and its layout
+// for BF16 weights.
 namespace winnow::kernels::internal {
 
 inline constexpr int kGemvMathWarps = 8;
@@ -17,17 +17,6 @@ inline constexpr int kGemvStage = 16 * kGemvChunk;     // all warps'
 inline constexpr int kGemvSharedBytes = 225 * 1024;    // dynamic, at most
 
 #if WINNOW_SM90A
-
-// Four matrices of 8 rows by 16 bytes: lane i has the address of row i % 8 of number i / 8, and
-// gets of each, in order, bytes 4 (i % 4) to 4 (i % 4) + 3 of row i / 4.
-__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 
 __device__ __forceinline__ uint64_t ReadOncePolicy() {
   uint64_t policy;
@@ -53,43 +42,6 @@ __device__ __forceinline__ void CommitCopies() {
 template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Address of `p` in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ uint32_t AddressIn(const void* p, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(ptx::SharedAddress(p)), "r"(rank));
-  return address;
-}
-// Stores into another block's memory; 16 bytes complete on that block's barrier.
-__device__ __forceinline__ void StoreAsync(uint32_t to, const float (&v)[4], uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4},"
-      " [%5];" ::"r"(to),
-      "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-      "r"(__float_as_uint(v[3])), "r"(barrier)
-      : "memory");
-}
-__device__ __forceinline__ void ArriveIn(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-// ptx::BarrierWait() for what other blocks of the cluster did.
-__device__ __forceinline__ void ClusterWait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra ready;\nbra again;\nready:\n}\n" ::"r"(ptx::SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterWaitAll() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Where 16 bytes lie in a warp's stage, [16 rows][128 bytes]: so that neither eight lanes that copy

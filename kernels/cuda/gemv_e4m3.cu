@@ -16,18 +16,6 @@ namespace {
 constexpr int kHalfBytes = 112 * 1024;  // of which an SM has two
 constexpr int kRingBytes = 96 * 1024;   // at least
 
-absl::StatusOr<int> SmCount() {
-  static std::atomic<int> known[kGemvDevices];
-  int device = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
-  int sms = device < kGemvDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (sms > 0) return sms;
-  WINNOW_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)));
-  if (device < kGemvDevices) known[device].store(sms, std::memory_order_relaxed);
-  return sms;
-}
-
 // Of w, as CopyWeights() asks for it.
 template <typename S>
 absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
@@ -54,9 +42,8 @@ absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
 
 template <typename S, int kWide>
 absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
-  static std::atomic<int> known[kGemvDevices][2];
-  int device = 0;
-  WINNOW_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device)));
+  static std::atomic<int> known[kRememberedDevices][2];
+  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
   WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, WeightMap<S>(args));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -74,8 +61,8 @@ absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
   const auto kernel = GemvE4m3Kernel<S, kWide>;
   WINNOW_ASSIGN_OR_RETURN(
       const int clusters,
-      GemvClusters(kernel, config, args.cluster, device,
-                   device < kGemvDevices ? &known[device][args.cluster - 1] : nullptr));
+      GemvClusters(kernel, config, args.cluster,
+                   device < kRememberedDevices ? &known[device][args.cluster - 1] : nullptr));
   config.gridDim.x = static_cast<unsigned>(std::min(clusters, args.num_tiles) * args.cluster);
   return CudaStatus(cudaLaunchKernelEx(&config, kernel, args, map));
 }
@@ -83,7 +70,7 @@ absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
 template <typename S, int kWide>
 absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
-  WINNOW_ASSIGN_OR_RETURN(const int sms, SmCount());
+  WINNOW_ASSIGN_OR_RETURN(const int sms, NumSms());
   E4m3Args args{.p = p, .chunks = chunks};
   const bool paired = p.epilogue == GemvEpilogue::kSiluMul;
   const int tile_columns = paired ? S::kRows / 2 : S::kRows;
@@ -129,7 +116,7 @@ absl::Status Enqueue(const GemvParams& p, StreamHandle stream) {
 absl::Status EnqueueGemvSm90E4m3(const GemvParams& params, StreamHandle stream) {
   if (params.m <= 2) {
     // The larger tile costs less, the smaller ones share few rows of w better.
-    WINNOW_ASSIGN_OR_RETURN(const int sms, SmCount());
+    WINNOW_ASSIGN_OR_RETURN(const int sms, NumSms());
     if (params.n / 32 > 2 * sms) return Enqueue<2, 2>(params, stream);
     return params.m == 1 ? Enqueue<1, 4>(params, stream) : Enqueue<2, 4>(params, stream);
   }

@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/gemv.h"
 #include "kernels/cuda/gemv_copies.cuh"
-#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ptx_cluster.cuh"
 
 // What the parts of the kernel for e4m3 weights on sm_90a share: shapes, shared memory, PTX.
 //
@@ -135,32 +135,6 @@ __device__ __forceinline__ void WgmmaE4m3Ss(float (&d)[16], uint64_t a, uint64_t
       : "l"(a), "l"(b), "r"(add));
 }
 #undef WINNOW_F4
-
-// ptx::LoadBox2() and LoadBox4() of what is read once.
-__device__ __forceinline__ void LoadBox2Once(void* to, const CUtensorMap* map, uint64_t* barrier,
-                                             int c0, int c1, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(ptx::SharedAddress(to)),
-      "l"(map), "r"(ptx::SharedAddress(barrier)), "r"(c0), "r"(c1), "l"(policy)
-      : "memory");
-}
-__device__ __forceinline__ void LoadBox4Once(void* to, const CUtensorMap* map, uint64_t* barrier,
-                                             int c0, int c1, int c2, int c3, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(ptx::SharedAddress(to)),
-      "l"(map), "r"(ptx::SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
-      : "memory");
-}
-
-// StoreAsync() of 4 bytes.
-__device__ __forceinline__ void StoreAsync1(uint32_t to, float v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
-      "r"(__float_as_uint(v)), "r"(barrier)
-      : "memory");
-}
 
 // A branch where wgmma is under way makes the compiler wait for each.
 __device__ __forceinline__ void StoreSharedIf(bool store, const float* to, float v) {

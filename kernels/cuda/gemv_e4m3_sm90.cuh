@@ -26,14 +26,14 @@ __device__ __forceinline__ void CopyWeights(const E4m3Block<S, kWide>& b, const 
       for (int i = 0; i < kWide; ++i) {
         const int k = (step * kWide + i) * kE4m3Chunk;
         if (b.a.whole_parts) {
-          LoadBox4Once(to, map, full, k, tile * rows, 0, b.rank * S::kUnits, policy);
+          ptx::LoadBox4Once(to, map, full, k, tile * rows, 0, b.rank * S::kUnits, policy);
           to += kE4m3ChunkBytes;
           continue;
         }
         for (int unit = 0; unit < S::kUnits; ++unit) {
           for (int half = 0; half < (paired ? 2 : 1); ++half, to += rows * kE4m3Chunk) {
-            LoadBox2Once(to, map, full, b.FirstK(unit) + k, half * (b.a.p.n / 2) + tile * rows,
-                         policy);
+            ptx::LoadBox2Once(to, map, full, b.FirstK(unit) + k, half * (b.a.p.n / 2) + tile * rows,
+                              policy);
           }
         }
       }
@@ -242,17 +242,17 @@ class E4m3Finisher {
     float* inbox = b_.inbox + slot * S::kOutputs;
     E4m3Barriers* barriers = b_.barriers;
     if (owner != b_.rank) {
-      ClusterWait(&barriers->inbox_free[slot], parity ^ 1);
-      const uint32_t to = AddressIn(inbox, owner);
-      const uint32_t full = AddressIn(&barriers->inbox_full[slot], owner);
+      ptx::BarrierWaitCluster(&barriers->inbox_free[slot], parity ^ 1);
+      const uint32_t to = ptx::AddressIn(inbox, owner);
+      const uint32_t full = ptx::AddressIn(&barriers->inbox_full[slot], owner);
 #pragma unroll
       for (int j = 0; j < kValues; ++j) {
-        if (Has(j)) StoreAsync1(to + 4 * (Row(j) * S::kRows + TileRow(j)), y[j], full);
+        if (Has(j)) ptx::StoreAsync(to + 4 * (Row(j) * S::kRows + TileRow(j)), y[j], full);
       }
       return false;
     }
     if (e_ == 0) ptx::BarrierArriveExpect(&barriers->inbox_full[slot], 4 * S::kRows * p_.m);
-    ClusterWait(&barriers->inbox_full[slot], parity);
+    ptx::BarrierWaitCluster(&barriers->inbox_full[slot], parity);
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       if (Has(j)) y[j] += inbox[Row(j) * S::kRows + TileRow(j)];
@@ -260,7 +260,7 @@ class E4m3Finisher {
     // To a block that still waits for it: others may have ended.
     if (i + 4 < b_.Tiles()) {
       ptx::NamedSync(1, S::kXThreads);
-      if (e_ == 0) ArriveIn(AddressIn(&barriers->inbox_free[slot], other));
+      if (e_ == 0) ptx::ArriveIn(ptx::AddressIn(&barriers->inbox_free[slot], other));
       __syncwarp();
     }
     return true;
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     ptx::NamedSync(2, S::kThreads);
   }
   // The fence above has released the barriers.
-  if (args.cluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (args.cluster > 1) ptx::ClusterArriveRelaxed();
   const int block = static_cast<int>(blockIdx.x);
   const int pass_steps = args.chunks / kWide;
   const E4m3Block<S, kWide> b{.a = args,
@@ -363,14 +363,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   if (warp < kE4m3MathWarps) {
     E4m3Multiplier<S, kWide>(b, warp / 4, warp % 4, lane).Run();
   } else if (warp < kE4m3MathWarps + S::kXWarps) {
-    if (args.cluster > 1) ClusterWaitAll();
+    if (args.cluster > 1) ptx::ClusterWaitAll();
     FinishE4m3<S, kWide>(b, warp - kE4m3MathWarps, lane);
   } else if (lane == 0) {
     CopyWeights<S, kWide>(b, &map);
   }
   // No block's memory is written after it has ended: it waits for all that is.
   __syncwarp();
-  if (args.cluster > 1 && (warp < kE4m3MathWarps || warp == kCopier)) ClusterWaitAll();
+  if (args.cluster > 1 && (warp < kE4m3MathWarps || warp == kCopier)) ptx::ClusterWaitAll();
 #endif
 }
 

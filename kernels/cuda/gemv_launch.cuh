@@ -8,24 +8,22 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/device_limits.cuh"
 #include "kernels/cuda/gemv_copies.cuh"
 
 namespace winnow::kernels::internal {
 
-inline constexpr int kGemvDevices = 16;  // beyond, nothing is remembered
-
 // As many clusters of `blocks` blocks as the current device runs at once, an SM a block.
-// `known` is that device's, and its first use prepares the kernel there.
+// `known` is that device's, or null, and its first use prepares the kernel there.
 template <typename Kernel>
 absl::StatusOr<int> GemvClusters(Kernel* kernel, const cudaLaunchConfig_t& config, int blocks,
-                                 int device, std::atomic<int>* known) {
+                                 std::atomic<int>* known) {
   int clusters = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
   if (clusters > 0) return clusters;
   WINNOW_RETURN_IF_ERROR(CudaStatus(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGemvSharedBytes)));
   if (blocks == 1) {
-    WINNOW_RETURN_IF_ERROR(
-        CudaStatus(cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device)));
+    WINNOW_ASSIGN_OR_RETURN(clusters, NumSms());
   } else {
     // As if it took a whole SM's memory.
     cudaLaunchConfig_t alone = config;

@@ -24,6 +24,17 @@ __device__ __forceinline__ void MmaBf16(float (&d)[4], const uint4& a, uint32_t 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// Four matrices of 8 rows by 16 bytes: lane i has the shared address of row i % 8 of number i / 8,
+// and gets of each, in order, bytes 4 (i % 4) to 4 (i % 4) + 3 of row i / 4.
+__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // The lower / upper two e4m3 codes of `w` as two float16, exact. 0x7f, never stored, is NaN or 480.
 template <int kHalf>
 __device__ __forceinline__ uint32_t E4m3PairToF16(uint32_t w) {

@@ -207,6 +207,24 @@ __device__ __forceinline__ void LoadBox4(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// LoadBox2() and LoadBox4() of what is read once: `policy` is the L2 cache's, createpolicy's.
+__device__ __forceinline__ void LoadBox2Once(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                             int c0, int c1, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void LoadBox4Once(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                             int c0, int c1, int c2, int c3, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+
 // Makes this thread's writes to shared memory visible to wgmma, after a barrier.
 __device__ __forceinline__ void FenceForWgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SampleCudaPara
 absl::Status TeamSize(const SampleCudaParams& p, int* size) {
   cudaFuncAttributes attributes;
   WINNOW_RETURN_IF_ERROR(CudaStatus(cudaFuncGetAttributes(&attributes, SampleKernel<true>)));
-  WINNOW_ASSIGN_OR_RETURN(const int num_sms, DeviceAttribute(cudaDevAttrMultiProcessorCount));
+  WINNOW_ASSIGN_OR_RETURN(const int num_sms, NumSms());
   *size = 1;
   if (attributes.ptxVersion < 90) return absl::OkStatus();
   while (*size < kMaxTeam && p.vocab / *size > 4096 && 2 * *size * p.num_rows <= num_sms) {

@@ -33,11 +33,11 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
   using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
   Warp state(lane);
   RingCursor begin;  // of the piece
-  StageCursor<Shared::kStages> at;
+  ptx::RingPlace stage;
   uint32_t results_turn = 1;
   while (true) {
-    RingWait(&shared.words_full[at.stage], at.turn);
-    const typename Shared::Piece& piece = shared.piece[at.stage];
+    RingWait(&shared.words_full[stage.at], stage.parity);
+    const typename Shared::Piece& piece = shared.piece[stage.at];
     const PieceView<kK, kV, kDim> view(piece.words);
     if (view.num_pages == 0) return;
     for (int first = 0; first < view.num_pages; first += view.unit) {
@@ -65,7 +65,7 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
           cursor.Advance(kDecodeWarps, args.ring_slots);
         }
         if (i == warp) {
-          if (first == 0) RingWait(&shared.query_full[at.stage], at.turn);  // comes last
+          if (first == 0) RingWait(&shared.query_full[stage.at], stage.parity);  // comes last
           state.Reset(piece.query, piece.q_scale);
         }
         state.AddPages(at_once, [&](int n) {
@@ -93,8 +93,8 @@ __device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
       if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.results_full);
     }
     __syncwarp();
-    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[at.stage]);
-    at.Advance();
+    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[stage.at]);
+    stage.Next(Shared::kStages);
   }
 }
 
@@ -125,9 +125,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory + Shared::RingBytes(args.ring_slots));
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  ptx::LetDependentsStart();
 #ifdef WINNOW_RACECHECK
   // It records writes that other warps skip by a uniform predicate; here they skip by a branch.
   if (warp == 0) {

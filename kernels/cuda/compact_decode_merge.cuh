@@ -141,17 +141,17 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
   using Shared = DecodeShared<kK, kV, kDim, kHeads>;
   using Tasks = MergeTasks<kDim, kHeads>;
   const int tid = warp * 32 + lane, group = args.group, channel = Tasks::Channel(tid);
-  StageCursor<Shared::kStages> at;
+  ptx::RingPlace stage;
   uint32_t results_turn = 0;
   while (true) {
-    RingWait(&shared.words_full[at.stage], at.turn);
-    const int* words = shared.piece[at.stage].words;
+    RingWait(&shared.words_full[stage.at], stage.parity);
+    const int* words = shared.piece[stage.at].words;
     const PieceView<kK, kV, kDim> view(words);
     const int row = words[kRow], partial = words[kPartial];
     if (view.num_pages == 0) return;
     __syncwarp();
-    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[at.stage]);
-    at.Advance();
+    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[stage.at]);
+    stage.Next(Shared::kStages);
     const int num_pieces = (view.span_pages + view.unit - 1) / view.unit;
 #if WINNOW_SM90A
     const SpanGather<kDim, kHeads> gather(reinterpret_cast<uint8_t*>(&shared + 1),

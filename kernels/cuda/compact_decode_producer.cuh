@@ -181,14 +181,14 @@ class DecodeProducer {
   }
 
   __device__ __forceinline__ void PublishWords(const PieceWords& piece) {
-    RingWait(&shared_.piece_empty[stage_], stage_turn_ ^ 1);
-    if (lane_ < kPieceWords) shared_.piece[stage_].words[lane_] = piece.word;
-    RingArrive(&shared_.words_full[stage_]);
+    RingWait(&shared_.piece_empty[stage_.at], stage_.parity ^ 1);
+    if (lane_ < kPieceWords) shared_.piece[stage_.at].words[lane_] = piece.word;
+    RingArrive(&shared_.words_full[stage_.at]);
   }
 
   // The query of the piece whose words went before.
   __device__ __forceinline__ void PublishQuery(const float4 (&x)[kLaneSteps]) {
-    typename Shared::Piece& to = shared_.piece[stage_];
+    typename Shared::Piece& to = shared_.piece[stage_.at];
     int amax = 0;
 #pragma unroll
     for (int s = 0; s < kLaneSteps; ++s) {
@@ -224,11 +224,8 @@ class DecodeProducer {
         to.query[s][lane_] = make_uint4(a.hi, b.hi, a.lo, b.lo);
       }
     }
-    RingArrive(&shared_.query_full[stage_]);
-    if (++stage_ == Shared::kStages) {
-      stage_ = 0;
-      stage_turn_ ^= 1;
-    }
+    RingArrive(&shared_.query_full[stage_.at]);
+    stage_.Next(Shared::kStages);
   }
 
   const CompactDecodeArgs& args_;
@@ -237,8 +234,7 @@ class DecodeProducer {
   Shared& shared_;
   const int lane_;
   RingCursor cursor_;
-  int stage_ = 0;
-  uint32_t stage_turn_ = 0;
+  ptx::RingPlace stage_;
 };
 
 }  // namespace winnow::kernels::device

@@ -131,17 +131,4 @@ struct PieceView {
   __device__ __forceinline__ bool IsNewest(int i) const { return i == span_pages - 1; }
 };
 
-// The place among kStages that take turns.
-template <int kStages>
-struct StageCursor {
-  int stage = 0;
-  uint32_t turn = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      turn ^= 1;
-    }
-  }
-};
-
 }  // namespace winnow::kernels::device

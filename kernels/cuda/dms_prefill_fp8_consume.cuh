@@ -179,7 +179,7 @@ __device__ __forceinline__ void ConsumeFp8(const PrefillFp8Args& args,
   // Of the tile's boxes, those below `raising` raise; the last one's columns from num_keys on
   // are nobody's.
   int tile = 0, box, raising, last;
-  Fp8Ring<Shape::kStages> k, v;
+  ptx::RingPlace k, v;
   const auto release = [&](uint64_t* barrier) {
     __syncwarp();
     if (arrives) ptx::BarrierArrive(barrier);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void ConsumeFp8(const PrefillFp8Args& args,
   softmax.Weigh(s, shared.scales[k.at], p);
   release(&shared.k_empty[k.at]);
   ptx::BarrierWait(&shared.v_full[v.at], v.parity);
-  k.Next();
+  k.Next(Shape::kStages);
   RowOperand k_now(shared.k[k.at]);
   ValueOperand v_now(shared.v[v.at]);
 
@@ -259,8 +259,8 @@ __device__ __forceinline__ void ConsumeFp8(const PrefillFp8Args& args,
     const uint16_t* scales = shared.scales[k.at];
     uint64_t* const k_done = &shared.k_empty[k.at];
     uint64_t* const v_done = &shared.v_empty[v.at];
-    k.Next();
-    v.Next();
+    k.Next(Shape::kStages);
+    v.Next(Shape::kStages);
     k_now = RowOperand(shared.k[k.at]);
     v_now = ValueOperand(shared.v[v.at]);
     ptx::WgmmaWait<1>();

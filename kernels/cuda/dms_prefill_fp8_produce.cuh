@@ -53,19 +53,6 @@ struct PrefillFp8Args {
   int least_q_exponent;  // of a row's largest query, as float32 has it; smaller ones count as it
 };
 
-// The stages of a ring of boxes: which, and the parity of its current turn.
-template <int kStages>
-struct Fp8Ring {
-  int at = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Next() {
-    if (++at == kStages) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 #if WINNOW_SM90A
 
 // The block's tiles, one after another, by a warp.
@@ -132,13 +119,13 @@ __device__ __forceinline__ void ProduceFp8(const PrefillFp8Args& args,
                                            PrefillFp8Shared<Shape>& shared) {
   constexpr int kRowBytes = kValues ? Shape::kChannels : Shape::kDim;
   constexpr int kAllBytes = kValues ? kRowBytes : kRowBytes + 4;
-  Fp8Ring<Shape::kStages> ring;
+  ptx::RingPlace ring;
   for (int tile = 0;; ++tile) {
     const Place<2> place(tile);
     ptx::BarrierWait(&shared.list_full[place.at], place.parity);
     const Fp8TileWork& w = shared.work[place.at];
     if (w.head < 0) return;
-    for (int first = 0; first < w.num_keys; first += kBoxKeys, ring.Next()) {
+    for (int first = 0; first < w.num_keys; first += kBoxKeys, ring.Next(Shape::kStages)) {
       uint8_t* to = kValues ? shared.v[ring.at] : shared.k[ring.at];
       uint64_t* full = kValues ? &shared.v_full[ring.at] : &shared.k_full[ring.at];
       ptx::BarrierWait(kValues ? &shared.v_empty[ring.at] : &shared.k_empty[ring.at],

@@ -1,4 +1,5 @@
 #include "kernels/cuda/gemv_bf16_sm90.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace winnow::kernels::internal {
 
@@ -13,9 +14,7 @@ absl::Status EnqueueGemvSm90Bf16(const GemvParams& params, StreamHandle stream) 
 }
 
 bool HaveGemvSm90Code() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, GemvBf16Kernel<1, false>) == cudaSuccess &&
-         attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
+  return IsSm90aCode(reinterpret_cast<const void*>(GemvBf16Kernel<1, false>));
 }
 
 }  // namespace winnow::kernels::internal

@@ -2,12 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
-
-#include "absl/status/statusor.h"
-#include "common/base/status_macros.h"
-#include "common/cuda/cuda_status.h"
+#include "absl/status/status.h"
 #include "kernels/cuda/gemv_copies.cuh"
 #include "kernels/cuda/gemv_launch.cuh"
 #include "kernels/cuda/mma_sync.cuh"
@@ -399,7 +394,7 @@ __global__ void __launch_bounds__(kGemvBf16Threads, 1)
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ uint64_t inbox_full;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  asm volatile("griddepcontrol.launch_dependents;");
+  ptx::LetDependentsStart();
   GemvInbox inbox{.sums = reinterpret_cast<float4*>(memory + kDepth * kGemvStage),
                   .full = &inbox_full};
   if constexpr (kPair) {
@@ -428,30 +423,10 @@ __global__ void __launch_bounds__(kGemvBf16Threads, 1)
 
 template <int kTiles, bool kPair>
 absl::Status EnqueueGemvBf16(const GemvBf16Args& args, StreamHandle stream) {
-  static std::atomic<int> known[kRememberedDevices];
-  constexpr int kBlocks = kPair ? 2 : 1;
-  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = kBlocks;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kBlocks);
-  config.blockDim = dim3(kGemvBf16Threads);
-  config.dynamicSmemBytes = kGemvDepth<kPair> * kGemvStage + 16 * kGemvInboxQuads<kTiles, kPair>;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = kPair ? 2 : 1;
-  const auto kernel = GemvBf16Kernel<kTiles, kPair>;
-  WINNOW_ASSIGN_OR_RETURN(const int clusters,
-                          GemvClusters(kernel, config, kBlocks,
-                                       device < kRememberedDevices ? &known[device] : nullptr));
   // At least a tile for a block: x costs as much.
-  const int most = (args.units + args.tile_units - 1) / args.tile_units;
-  config.gridDim.x = static_cast<unsigned>(std::min(clusters, most) * kBlocks);
-  return CudaStatus(cudaLaunchKernelEx(&config, kernel, args));
+  return LaunchGemvKernel<GemvBf16Kernel<kTiles, kPair>>(
+      kPair ? 2 : 1, (args.units + args.tile_units - 1) / args.tile_units, kGemvBf16Threads,
+      kGemvDepth<kPair> * kGemvStage + 16 * kGemvInboxQuads<kTiles, kPair>, stream, args);
 }
 
 inline GemvBf16Args GemvBf16ArgsOf(const GemvParams& p) {

@@ -1,10 +1,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "common/base/status_macros.h"
-#include "common/cuda/cuda_status.h"
 #include "kernels/cuda/gemv_e4m3_sm90.cuh"
 #include "kernels/cuda/gemv_launch.cuh"
 #include "kernels/cuda/gemv_sm90.h"
@@ -41,33 +39,6 @@ absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
 }
 
 template <typename S, int kWide>
-absl::Status EnqueueKernel(const E4m3Args& args, StreamHandle stream) {
-  static std::atomic<int> known[kRememberedDevices][2];
-  WINNOW_ASSIGN_OR_RETURN(const int device, CurrentDevice());
-  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, WeightMap<S>(args));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(args.cluster);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(args.cluster));
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(E4m3SharedBytes<S, kWide>(args.stages, args.slots));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = args.cluster > 1 ? 2 : 1;
-  const auto kernel = GemvE4m3Kernel<S, kWide>;
-  WINNOW_ASSIGN_OR_RETURN(
-      const int clusters,
-      GemvClusters(kernel, config, args.cluster,
-                   device < kRememberedDevices ? &known[device][args.cluster - 1] : nullptr));
-  config.gridDim.x = static_cast<unsigned>(std::min(clusters, args.num_tiles) * args.cluster);
-  return CudaStatus(cudaLaunchKernelEx(&config, kernel, args, map));
-}
-
-template <typename S, int kWide>
 absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
   WINNOW_ASSIGN_OR_RETURN(const int sms, NumSms());
@@ -101,7 +72,10 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   }
   args.stages = kE4m3MaxStages / kWide;
   while (!fits(args.stages)) --args.stages;
-  return EnqueueKernel<S, kWide>(args, stream);
+  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, WeightMap<S>(args));
+  return LaunchGemvKernel<GemvE4m3Kernel<S, kWide>>(
+      args.cluster, args.num_tiles, S::kThreads, E4m3SharedBytes<S, kWide>(args.stages, args.slots),
+      stream, args, map);
 }
 
 template <int kM, int kSlices>

@@ -73,19 +73,6 @@ constexpr int E4m3SharedBytes(int stages, int slots) {
 
 #if WINNOW_SM90A
 
-// A place in a ring and the parity of its round.
-struct E4m3Place {
-  int at = 0;
-  uint32_t round = 0;
-
-  __device__ __forceinline__ void Next(int size) {
-    if (++at == size) {
-      at = 0;
-      round ^= 1;
-    }
-  }
-};
-
 template <typename S, int kWide>
 struct E4m3Block {
   static constexpr int kStage = kWide * kE4m3ChunkBytes, kSlot = kWide * S::kXBytes;

@@ -15,11 +15,11 @@ __device__ __forceinline__ void CopyWeights(const E4m3Block<S, kWide>& b, const 
   const uint64_t policy = ReadOncePolicy();
   const bool paired = b.a.p.epilogue == GemvEpilogue::kSiluMul;
   const int rows = paired ? S::kRows / 2 : S::kRows;
-  E4m3Place stage;
+  ptx::RingPlace stage;
   for (int tile = b.first_tile; tile < b.a.num_tiles; tile += b.tile_step) {
     for (int step = 0; step < b.steps; ++step, stage.Next(b.a.stages)) {
       uint64_t* full = &b.barriers->full[stage.at];
-      ptx::BarrierWait(&b.barriers->empty[stage.at], stage.round ^ 1);
+      ptx::BarrierWait(&b.barriers->empty[stage.at], stage.parity ^ 1);
       ptx::BarrierArriveExpect(full, b.kStage);
       uint8_t* to = b.ring + stage.at * b.kStage;
 #pragma unroll
@@ -82,8 +82,8 @@ class E4m3Multiplier {
  private:
   // Adds a stage's products to `part`.
   __device__ __forceinline__ void Multiply(float (&part)[kTiles][2], bool wait_x) {
-    if (wait_x) ptx::BarrierWait(&b_.barriers->x_full[slot_.at], slot_.round);
-    ptx::BarrierWait(&b_.barriers->full[stage_.at], stage_.round);
+    if (wait_x) ptx::BarrierWait(&b_.barriers->x_full[slot_.at], slot_.parity);
+    ptx::BarrierWait(&b_.barriers->full[stage_.at], stage_.parity);
     float d[kWide][4 * kTiles];
     const uint64_t w =
         ptx::SwizzledMatrix(b_.ring + stage_.at * b_.kStage + group_ * kE4m3GroupChunk, 0);
@@ -141,7 +141,7 @@ class E4m3Multiplier {
 
   const E4m3Block<S, kWide>& b_;
   const int group_, warp_, lane_;
-  E4m3Place stage_, slot_;
+  ptx::RingPlace stage_, slot_;
 };
 
 // Adds the units' sums up, of a cluster's blocks too, and stores. Thread `e` has up to kValues sums
@@ -282,7 +282,7 @@ __device__ __forceinline__ void FinishE4m3(const E4m3Block<S, kWide>& b, int war
 #pragma unroll 1
   for (int i = 0; i < kE4m3XAhead - 1; ++i) copies.Next();
   E4m3Finisher<S, kWide> finisher(b, 32 * warp + lane);
-  E4m3Place slot;
+  ptx::RingPlace slot;
   int i = 0, split = 0;
 #pragma unroll 1
   for (int tile = b.first_tile; tile < b.a.num_tiles; tile += b.tile_step, ++i) {
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   // By the shuffle the compiler knows that it is a warp's, and keeps addresses in its registers.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  asm volatile("griddepcontrol.launch_dependents;");
+  ptx::LetDependentsStart();
   uint8_t* x = ring + args.stages * kWide * kE4m3ChunkBytes;
   auto* sums = reinterpret_cast<float*>(x + args.slots * kWide * S::kXBytes);
   float* inbox = sums + 2 * S::kSums;

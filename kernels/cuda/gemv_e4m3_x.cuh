@@ -35,7 +35,7 @@ class E4m3XCopies {
   // Enqueues a slot's, in a group of its own; an empty one past the last.
   __device__ __forceinline__ void Next() {
     if (steps_-- > 0) {
-      ptx::BarrierWait(&b_.barriers->x_empty[slot_.at], slot_.round ^ 1);
+      ptx::BarrierWait(&b_.barriers->x_empty[slot_.at], slot_.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (pair_[i] >= kPairs) continue;
@@ -54,7 +54,7 @@ class E4m3XCopies {
   int steps_, step_ = 0, pair_[kEach], k_[kEach];
   const Bf16* from_[kEach];
   const uint32_t to_;
-  E4m3Place slot_;
+  ptx::RingPlace slot_;
 };
 
 // The largest |x| of both halves; NaN if one is.

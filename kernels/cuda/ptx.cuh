@@ -88,6 +88,19 @@ __device__ __forceinline__ uint32_t Max2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// A place in a ring of barriers, and the parity of its round.
+struct RingPlace {
+  int at = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void Next(int size) {
+    if (++at == size) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // Waits for the kernels before this one in the stream, where LaunchEarly() started it.
 __device__ __forceinline__ void WaitForPredecessors() {
 #if __CUDA_ARCH__ >= 900

@@ -61,7 +61,7 @@ __device__ float SumOfSquares(const float* x, int n) {
 template <int kWidth, bool kMany>
 __global__ void __launch_bounds__(kThreads, kMany ? 6 : 2)
     RmsNormKernel(const RmsNormCudaParams p) {
-  constexpr int kBatch = kMany ? 2 : 4;
+  constexpr int kBatch = kMany ? 2 : 4, kAhead = kMany ? 8 : 16;
   ptx::WaitForPredecessors();
   extern __shared__ __align__(16) float x[];  // [n]
   __shared__ float inverse;
@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(kThreads, kMany ? 6 : 2)
     for (int i = first; i < p.n; i += kThreads * kWidth) Prefetch(p.weight + i);
     __syncthreads();
     if (threadIdx.x < 32) {
-      const float mean =
-          __fdiv_rn(SumOfSquares < kMany ? 8 : 16 > (x, p.n), static_cast<float>(p.n));
+      const float mean = __fdiv_rn(SumOfSquares<kAhead>(x, p.n), static_cast<float>(p.n));
       if (threadIdx.x == 0) inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.eps)));
     }
     __syncthreads();

@@ -13,20 +13,13 @@ namespace {
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
 using winnow::testing::FakeWorker;
-using winnow::testing::FirstToken;
 using winnow::testing::Tokens;
-using winnow::testing::TransferDone;
 
 using InferenceServiceTest = SessionTest;
 
 TEST_F(InferenceServiceTest, QueueIsBoundedAndInOrder) {
   std::atomic<bool> go{false};
-  prefill_.SetPrefill([&](auto* context, const auto&, auto* writer) {
-    while (!go && !context->IsCancelled()) absl::SleepFor(absl::Milliseconds(5));
-    writer->Write(FirstToken(hello_[0]));
-    writer->Write(TransferDone(1));
-    return grpc::Status::OK;
-  });
+  HoldPrefillUntil(go);
   StartPair(/*max_running=*/1, /*max_waiting=*/1);
   Outcome first;
   Outcome second;
@@ -99,12 +92,7 @@ TEST_F(InferenceServiceTest, DrainingWorkersGetNothing) {
 TEST_F(InferenceServiceTest, DrainWaitsForOpenRequests) {
   StartPair();
   std::atomic<bool> go{false};
-  prefill_.SetPrefill([&](auto* context, const auto&, auto* writer) {
-    while (!go && !context->IsCancelled()) absl::SleepFor(absl::Milliseconds(5));
-    writer->Write(FirstToken(hello_[0]));
-    writer->Write(TransferDone(1));
-    return grpc::Status::OK;
-  });
+  HoldPrefillUntil(go);
   Outcome open;
   std::thread client([&] { open = Generate(Request()); });
   while (admission_->running() < 1) absl::SleepFor(absl::Milliseconds(1));

@@ -155,10 +155,7 @@ TEST_F(SessionTest, ClientThatLeavesEndsBothLegs) {
 }
 
 TEST_F(SessionTest, DeadlineEndsBothLegs) {
-  prefill_.SetPrefill(
-      [this](auto* context, const auto&, auto*) { return prefill_.WaitCancelled(context); });
-  decode_.SetDecode(
-      [this](auto* context, const auto&, auto*) { return decode_.WaitCancelled(context); });
+  HangBothLegs();
   StartPair();
   // On a busy host a deadline may pass before a worker has seen its leg: then a longer one.
   for (absl::Duration deadline = absl::Milliseconds(300); deadline < absl::Seconds(20);
@@ -176,10 +173,7 @@ TEST_F(SessionTest, DeadlineEndsBothLegs) {
 // A deadline that passes while legs are being opened: each leg that a worker saw begin, it sees
 // end.
 TEST_F(SessionTest, DeadlineAtAnyMomentLeavesNoLegBehind) {
-  prefill_.SetPrefill(
-      [this](auto* context, const auto&, auto*) { return prefill_.WaitCancelled(context); });
-  decode_.SetDecode(
-      [this](auto* context, const auto&, auto*) { return decode_.WaitCancelled(context); });
+  HangBothLegs();
   StartPair();
   for (int i = 0; i < 60; ++i) {
     EXPECT_FALSE(Generate(Request(), absl::Microseconds(200 + 150 * i)).status.ok());

@@ -81,6 +81,22 @@ void SessionTest::Start(const std::vector<std::string>& prefills,
   ASSERT_EQ(registry_->Decode().size(), decodes.size());
 }
 
+void SessionTest::HangBothLegs() {
+  prefill_.SetPrefill(
+      [this](auto* context, const auto&, auto*) { return prefill_.WaitCancelled(context); });
+  decode_.SetDecode(
+      [this](auto* context, const auto&, auto*) { return decode_.WaitCancelled(context); });
+}
+
+void SessionTest::HoldPrefillUntil(const std::atomic<bool>& go) {
+  prefill_.SetPrefill([this, &go](auto* context, const auto&, auto* writer) {
+    while (!go && !context->IsCancelled()) absl::SleepFor(absl::Milliseconds(5));
+    writer->Write(FirstToken(hello_[0]));
+    writer->Write(TransferDone(1));
+    return grpc::Status::OK;
+  });
+}
+
 v1::GenerateRequest SessionTest::Request(int max_tokens) {
   v1::GenerateRequest request;
   request.set_text("abc");

@@ -3,6 +3,7 @@
 #include <grpcpp/client_context.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -53,6 +54,10 @@ class SessionTest : public ::testing::Test {
   void StartPair(int max_running = 8, int max_waiting = 8) {
     Start({prefill_.target()}, {decode_.target()}, max_running, max_waiting);
   }
+
+  // Scripts of workers: both legs say nothing until they are cancelled; the first token waits.
+  void HangBothLegs();
+  void HoldPrefillUntil(const std::atomic<bool>& go);
 
   // The prompt "abc".
   static v1::GenerateRequest Request(int max_tokens = 11);

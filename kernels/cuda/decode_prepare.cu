@@ -254,6 +254,12 @@ absl::Status ValidateDecodePrepare(const DecodePrepareCudaParams& p) {
   if (c.rule.source == DecisionSource::kLogits && spans.window > 0 && c.logit_inputs == nullptr) {
     return absl::InvalidArgumentError("decode_prepare: logit_inputs is null");
   }
+  const int64_t row = int64_t{c.num_kv_heads} * c.head_dim;
+  if (c.q_stride < int64_t{c.num_heads} * c.head_dim || c.k_stride < row || c.v_stride < row) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("decode_prepare: rows overlap, q_stride=", c.q_stride,
+                     " k_stride=", c.k_stride, " v_stride=", c.v_stride));
+  }
   if (c.q_out == c.q) {
     return absl::InvalidArgumentError("decode_prepare: q_out is q");
   }

@@ -10,6 +10,7 @@
 #include "kernels/decode_prepare.h"
 #include "kernels/rope.h"
 #include "tests/kernels/device_span_case.h"
+#include "tests/kernels/valid_device_spans.h"
 
 namespace winnow::kernels {
 namespace {
@@ -384,6 +385,41 @@ TEST(DecodeStepGpu, ASpanWhoseTableIsFullStays) {
   EXPECT_EQ(states[0].num_tokens, 257);
   EXPECT_EQ(states[1].num_survivors, 32);
   EXPECT_EQ(states[1].num_tokens, 33);
+}
+
+// What is looked at before anything is enqueued; needs no device.
+TEST(DecodePrepareParams, RefusesWhatItCannotDo) {
+  alignas(16) static uint8_t memory[16];
+  auto* ints = reinterpret_cast<int32_t*>(memory);
+  auto* floats = reinterpret_cast<float*>(memory);
+  DecodePrepareCudaParams good;
+  DmsCompactParams& c = good.compact;
+  c.q = c.k = c.v = c.rope_cos = c.rope_sin = floats;
+  c.q_stride = c.k_stride = c.v_stride = 640;
+  c.positions = good.slots = ints;
+  c.q_out = floats + 1;
+  c.num_tokens = 1;
+  c.num_heads = 6;
+  c.num_kv_heads = 2;
+  c.head_dim = 64;
+  c.format = KvFormatId::kFp8;
+  good.spans = ValidDeviceSpans(memory);
+  ASSERT_TRUE(ValidateDecodePrepare(good).ok()) << ValidateDecodePrepare(good);
+  const auto refused = [&](auto change) {
+    DecodePrepareCudaParams p = good;
+    change(p);
+    return ValidateDecodePrepare(p).code() == absl::StatusCode::kInvalidArgument;
+  };
+  EXPECT_TRUE(refused([](auto& p) { p.compact.num_tokens = -1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.num_heads = 5; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.q_stride = 383; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.v_stride = 127; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.q_out = nullptr; }));
+  EXPECT_TRUE(refused([&](auto& p) { p.compact.q_out = floats; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.format = KvFormatId::kInt8; }));
+  EXPECT_TRUE(refused([](auto& p) { p.compact.rule.source = DecisionSource::kLogits; }));
+  EXPECT_TRUE(refused([](auto& p) { p.layer = 1; }));
+  EXPECT_TRUE(refused([](auto& p) { p.slots = nullptr; }));
 }
 
 std::vector<PrepareCase> Cases() {

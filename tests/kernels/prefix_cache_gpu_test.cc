@@ -8,6 +8,7 @@
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/cuda/prefix_cache.h"
 #include "tests/kernels/prefix_cache_case.h"
+#include "tests/kernels/valid_device_spans.h"
 #include "tests/kernels/valid_prefill_batch.h"
 
 namespace winnow::kernels {
@@ -253,18 +254,7 @@ TEST(PrefixCacheParams, AFormatOutOfRangeIsRefused) {
   alignas(256) static uint8_t memory[256];
   auto* ints = reinterpret_cast<int32_t*>(memory);
   const DmsPrefillBatch batch = ValidPrefillBatch(memory);
-  const DeviceSpans spans{.head_dim = 64,
-                          .window = 1,
-                          .num_layers = 1,
-                          .max_sequences = 1,
-                          .num_kv_heads = 2,
-                          .max_survivor_pages = 4,
-                          .pages = memory,
-                          .state = reinterpret_cast<SpanState*>(memory),
-                          .survivor_pages = ints,
-                          .ring_pages = ints,
-                          .newest = memory,
-                          .ring_evict = memory};
+  const DeviceSpans spans = ValidDeviceSpans(memory);
   PrefixLoadParams load{
       .batch = batch, .spans = spans, .slots = ints, .num_survivors = ints, .prefix_evict = memory};
   CacheAppendParams append{

@@ -10,6 +10,7 @@
 #include "kernels/decode_prepare.h"
 #include "kernels/rope.h"
 #include "tests/kernels/device_span_case.h"
+#include "tests/kernels/random_shapes.h"
 #include "tests/kernels/valid_device_spans.h"
 
 namespace winnow::kernels {
@@ -24,7 +25,10 @@ struct PrepareCase {
   bool norm = true;
   int num_layers = 2, num_sequences = 3, num_steps = 90;
 
-  friend void PrintTo(const PrepareCase& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const PrepareCase& c, std::ostream* os) {
+    *os << c.name << ": " << KvFormatName(c.format) << " d" << c.head_dim << " group " << c.group
+        << " heads " << c.num_kv_heads << " window " << c.window << " shift " << c.shift;
+  }
 };
 
 class DecodePrepareGpu : public testing::TestWithParam<PrepareCase> {
@@ -108,9 +112,11 @@ TEST_P(DecodePrepareGpu, HasTheCpusBitsTokenByToken) {
     ASSERT_TRUE(status.ok()) << status;
     for (int l = 0; l < c.num_layers; ++l) {
       std::vector<float> qkv = random(seqs * row), logits = random(seqs * kv);
+      const float edges[] = {0.0f, -0.0f, 0.1f, NAN, INFINITY, -INFINITY};  // at the threshold
+      if (step % 3 == 1) logits[0] = edges[step / 3 % 6];
       if (step % 11 == 5) {  // a token of zeros, and one with a large value
         std::fill_n(qkv.begin(), row, 0.0f);
-        qkv[row + q_size + 3] = 1e6f;
+        qkv[(seqs - 1) * row + q_size + 3] = 1e6f;
       }
       d_qkv.Set(qkv);
       d_logits.Set(logits);
@@ -462,7 +468,31 @@ std::vector<PrepareCase> Cases() {
   return cases;
 }
 
+std::vector<PrepareCase> RandomCases() {
+  RandomShapes shapes(3);
+  std::vector<PrepareCase> cases;
+  for (int i = 0; i < 12; ++i) {
+    PrepareCase c{.name = "number_" + std::to_string(i),
+                  .format = shapes.Format(),
+                  .head_dim = shapes.HeadDim(),
+                  .group = shapes.In(1, 8),
+                  .num_kv_heads = shapes.In(1, 8),
+                  .window = shapes.OneIn(2) ? shapes.In(0, 40) : shapes.Window(),
+                  .shift = shapes.In(0, 1),
+                  .rule = shapes.Rule(),
+                  .norm = !shapes.OneIn(4),
+                  .num_layers = shapes.In(1, 3),
+                  .num_sequences = shapes.Log(1, 12),
+                  .num_steps = shapes.Log(2, 200)};
+    if (c.window == 0) c.rule.source = DecisionSource::kNone;
+    cases.push_back(c);
+  }
+  return cases;
+}
+
 INSTANTIATE_TEST_SUITE_P(All, DecodePrepareGpu, testing::ValuesIn(Cases()),
+                         [](const auto& c) { return c.param.name; });
+INSTANTIATE_TEST_SUITE_P(Random, DecodePrepareGpu, testing::ValuesIn(RandomCases()),
                          [](const auto& c) { return c.param.name; });
 
 }  // namespace

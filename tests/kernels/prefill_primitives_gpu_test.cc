@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <ostream>
 #include <random>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "kernels/prefill_primitives.h"
 #include "tests/kernels/device_memory.h"
+#include "tests/kernels/random_shapes.h"
 
 namespace winnow::kernels {
 namespace {
@@ -20,7 +22,10 @@ struct Shape {
   const char* name;
   int batch, num_heads, seq;
   size_t row_bytes;
-  friend void PrintTo(const Shape& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const Shape& c, std::ostream* os) {
+    *os << c.name << " " << c.batch << " x " << c.num_heads << " x " << c.seq << " of "
+        << c.row_bytes << " bytes";
+  }
 };
 
 // Positions around 256 and 2048, the pieces of wide and of narrow rows.
@@ -200,8 +205,22 @@ TEST_P(Primitives, ScatterByIndexEqualsTheCpu) {
   EXPECT_EQ(got, want);
 }
 
+std::vector<Shape> RandomCases() {
+  RandomShapes shapes(4);
+  std::vector<Shape> cases;
+  for (int i = 0; i < 30; ++i) {
+    Shape c{"", shapes.Log(1, 30), shapes.In(1, 6), shapes.Log(1, 3000), 1};
+    const int most = 4'000'000 / (c.batch * c.num_heads * c.seq);
+    c.row_bytes = static_cast<size_t>(shapes.Log(1, std::clamp(most, 1, 1200)));
+    if (shapes.OneIn(2)) c.row_bytes = (c.row_bytes + 15) / 16 * 16;
+    cases.push_back(c);
+  }
+  return cases;
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Primitives, testing::ValuesIn(kShapes),
                          [](const auto& c) { return std::string(c.param.name); });
+INSTANTIATE_TEST_SUITE_P(Random, Primitives, testing::ValuesIn(RandomCases()));
 
 class PrimitivesGolden : public testing::Test {
  protected:

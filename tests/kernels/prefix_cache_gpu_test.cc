@@ -8,6 +8,7 @@
 #include "kernels/cuda/dms_prepare.h"
 #include "kernels/cuda/prefix_cache.h"
 #include "tests/kernels/prefix_cache_case.h"
+#include "tests/kernels/random_shapes.h"
 #include "tests/kernels/valid_device_spans.h"
 #include "tests/kernels/valid_prefill_batch.h"
 
@@ -337,6 +338,37 @@ std::vector<CacheCase> LongCases() {
   return cases;
 }
 
+std::vector<CacheCase> RandomCases() {
+  RandomShapes shapes(1);
+  std::vector<CacheCase> cases;
+  for (int i = 0; i < 16; ++i) {
+    CacheCase c{.name = "number_" + std::to_string(i),
+                .format = shapes.Format(),
+                .head_dim = shapes.HeadDim(),
+                .group = shapes.Of({1, 2, 3, 4, 8}),
+                .num_kv_heads = shapes.In(1, 3),
+                .window = shapes.Window(),
+                .shift = shapes.In(0, 1),
+                .rule = shapes.Rule(),
+                .rounds = {},
+                .strays = shapes.In(0, 3)};
+    if (c.rule.source == DecisionSource::kLogits) c.rule.source = DecisionSource::kNone;
+    const int most = shapes.Of({5, 60, 300});
+    int longest = 0;  // at most of all sequences together
+    for (int round = shapes.In(1, 4); round > 0; --round) {
+      std::vector<int> tokens = {shapes.Log(1, most), 0, shapes.Log(1, most)};
+      if (!shapes.OneIn(3)) tokens[1] = std::min(500, c.window + shapes.In(0, 2));
+      longest += *std::max_element(tokens.begin(), tokens.end());
+      c.rounds.push_back(tokens);
+    }
+    c.max_tokens = longest + 210;  // the tests go on with 200 tokens
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, PrefixCacheGpu, testing::ValuesIn(RandomCases()),
+                         [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(Long, PrefixCacheGpu, testing::ValuesIn(LongCases()),
                          [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, PrefixCacheGpu, testing::ValuesIn(Cases()),

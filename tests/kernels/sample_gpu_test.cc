@@ -13,6 +13,7 @@
 #include "common/sampling/sampler.h"
 #include "kernels/cuda/sample.h"
 #include "tests/kernels/device_memory.h"
+#include "tests/kernels/random_shapes.h"
 
 namespace winnow::kernels {
 namespace {
@@ -117,6 +118,7 @@ Rows RandomRows(int vocab, int num_rows, int64_t ld, uint32_t seed) {
     rows.params.push_back(p);
     rows.keys.push_back(
         {uint64_t{rng()} << 32 | rng(), uint64_t{rng()} << 16, static_cast<uint32_t>(rng())});
+    if (r % 9 == 4) rows.keys.back() = {~uint64_t{0}, ~uint64_t{0}, ~uint32_t{0}};
   }
   return rows;
 }
@@ -158,7 +160,9 @@ struct Shape {
   const char* name;
   int vocab, num_rows;
   int64_t ld;
-  friend void PrintTo(const Shape& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const Shape& c, std::ostream* os) {
+    *os << c.name << " " << c.num_rows << " rows of " << c.vocab << ", " << c.ld << " apart";
+  }
 };
 
 class SampleGpuShapes : public SampleGpu, public testing::WithParamInterface<Shape> {};
@@ -177,6 +181,19 @@ INSTANTIATE_TEST_SUITE_P(
                     Shape{"llama", 128256, 66, 128256}, Shape{"qwen", 151936, 110, 151936},
                     Shape{"largest", 1 << 20, 12, 1 << 20}),
     [](const auto& c) { return std::string(c.param.name); });
+
+std::vector<Shape> RandomCases() {
+  RandomShapes shapes(5);
+  std::vector<Shape> cases;
+  for (int i = 0; i < 20; ++i) {
+    const int vocab = shapes.Log(1, 300'000);
+    cases.push_back({"", vocab, std::clamp(1'000'000 / vocab, 1, shapes.Log(1, 300)),
+                     vocab + shapes.Of({0, 0, 1, 3, 4})});
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, SampleGpuShapes, testing::ValuesIn(RandomCases()));
 
 // Every temperature with every top-k and top-p, on one row of each kind.
 TEST_F(SampleGpu, AllParameters) {

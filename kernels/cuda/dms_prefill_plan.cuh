@@ -13,7 +13,7 @@ inline int TilePositions(int head_dim, int group) {
 }
 
 // A tile of the attention: positions [first, first + TilePositions) of the chunk.
-struct PrefillTile {
+struct alignas(16) PrefillTile {
   int32_t sequence, head, first;
   int32_t num_survivors;  // survivors older than the window of all its rows
 };

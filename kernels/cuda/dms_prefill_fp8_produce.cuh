@@ -73,16 +73,7 @@ __device__ __forceinline__ void ScheduleFp8(const PrefillFp8Args& args,
       list = MakeFp8TileWork(next, args.sequences[next.sequence], args.positions, args.window);
     }
     if (lane == 0) w = list;
-    __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(&shared.list_full[place.at]);
-    if (!end) {
-      if (lane == 0) ticket = static_cast<int>(gridDim.x) + atomicAdd(args.scratch.ticket, 1);
-      FindSeen(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
-               shared.seen[place.at]);
-      ticket = __shfl_sync(~0u, ticket, 0);
-    }
-    __syncwarp();
-    if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&shared.work_full[place.at]);
+    ticket = HandOut(args, shared, place.at, !end, ticket);
     if (end) return;
   }
 }

@@ -71,6 +71,26 @@ struct Place {
       : at(n & (kPlaces - 1)), parity(static_cast<uint32_t>(n / kPlaces) & 1) {}
 };
 
+// Hands shared.work[at] to the block, and of a fresh tile what its rows see, found meanwhile
+// with the next ticket. Returns the ticket to go on with. All lanes of the planning warp.
+template <typename Args, typename Shared>
+__device__ __forceinline__ int HandOut(const Args& args, Shared& shared, int at, bool fresh,
+                                       int ticket) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto& w = shared.work[at];
+  __syncwarp();
+  if (lane == 0) ptx::BarrierArrive(&shared.list_full[at]);
+  if (fresh) {
+    if (lane == 0) ticket = static_cast<int>(gridDim.x) + atomicAdd(args.scratch.ticket, 1);
+    FindSeen(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
+             shared.seen[at]);
+    ticket = __shfl_sync(~0u, ticket, 0);
+  }
+  __syncwarp();
+  if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&shared.work_full[at]);
+  return ticket;
+}
+
 // The block's tiles, one after another, by a warp. After the last ticket consumers are
 // let run dry, since only then is it known whether that tile must be done again.
 template <typename Shape>
@@ -103,16 +123,7 @@ __device__ __forceinline__ void Schedule(const PrefillKernelArgs& args,
       if (lane == 0) w.head = dry ? kEndOfTiles : kEndOfRun;
       dry = true;
     }
-    __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(&shared.list_full[place.at]);
-    if (fresh) {
-      if (lane == 0) ticket = static_cast<int>(gridDim.x) + atomicAdd(args.scratch.ticket, 1);
-      FindSeen(w, args.scratch.marks + int64_t{w.head} * args.band_rows, args.window,
-               shared.seen[place.at]);
-      ticket = __shfl_sync(~0u, ticket, 0);
-    }
-    __syncwarp();
-    if (ptx::ArrivesForWarp(lane)) ptx::BarrierArrive(&shared.work_full[place.at]);
+    ticket = HandOut(args, shared, place.at, fresh, ticket);
     if (end) return;
   }
 }

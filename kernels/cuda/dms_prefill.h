@@ -79,8 +79,10 @@ absl::Status LaunchDmsPrefillCompact(const DmsPrefillCompactParams& params, Stre
 // survivors older than the band and, of the band, j <= i with i - j <= window or j kept.
 // Products of BF16, sums in float32; the weights are rounded to BF16 before they meet v
 // on the tensor cores. Values of 2^63 and more (format bf16 alone has them) may overflow on sm_90a
-// where their weighted mean would not. A row's bits depend on its sequence alone, not on its place
-// in the batch. Follows LaunchDmsPrefillCompact() of the same batch on the same stream.
+// where their weighted mean would not; there a value that is not finite makes NaN of all rows of
+// a tile that has its key, those that do not see it too. A row's bits depend on its sequence
+// alone, not on its place in the batch. Follows LaunchDmsPrefillCompact() of the same batch on
+// the same stream.
 struct DmsPrefillCudaParams {
   DmsPrefillBatch batch;
   // [num_rows, num_kv_heads * group, head_dim], row stride q_stride; 16-byte aligned, as out.

@@ -207,9 +207,10 @@ absl::Status ValidateDmsPrefillAttentionCuda(const DmsPrefillCudaParams& p) {
 
 absl::Status LaunchDmsPrefillAttention(const DmsPrefillCudaParams& params, StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillAttentionCuda(params));
-  if (params.batch.batch == 0 || params.batch.num_rows == 0) return absl::OkStatus();
+  const DmsPrefillBatch& b = params.batch;
+  if (b.batch == 0 || b.num_rows == 0 || b.max_band == 0) return absl::OkStatus();
   static const bool have_sm90 = internal::HaveSm90Code();
-  const bool wide = params.batch.head_dim == 128;
+  const bool wide = b.head_dim == 128;
   if (have_sm90 && !params.portable) {
     return wide ? internal::EnqueuePrefillSm90Dim128(params, stream)
                 : internal::EnqueuePrefillSm90Dim64(params, stream);

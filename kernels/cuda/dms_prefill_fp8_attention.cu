@@ -74,7 +74,8 @@ absl::Status ValidateDmsPrefillFp8Attention(const DmsPrefillFp8CudaParams& p) {
 absl::Status LaunchDmsPrefillFp8Attention(const DmsPrefillFp8CudaParams& params,
                                           StreamHandle stream) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillFp8Attention(params));
-  if (params.batch.rows.batch == 0 || params.batch.rows.num_rows == 0) return absl::OkStatus();
+  const DmsPrefillBatch& b = params.batch.rows;
+  if (b.batch == 0 || b.num_rows == 0 || b.max_band == 0) return absl::OkStatus();
   static const bool have_code = internal::HaveFp8Code<Shape>();
   if (!have_code) return absl::UnimplementedError("dms_prefill_fp8: needs code for sm_90a");
   return internal::EnqueuePrefillFp8Sm90<Shape>(params, stream);

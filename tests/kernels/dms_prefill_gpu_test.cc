@@ -221,6 +221,11 @@ TEST(DmsPrefillParams, RefusesWhatItCannotDo) {
   attention.scale = 0.125f;
   attention.q_stride = 380;
   EXPECT_EQ(ValidateDmsPrefillAttentionCuda(attention).code(), invalid);
+  // With all chunks and bands empty there is nothing to enqueue.
+  attention.q_stride = 384;
+  attention.batch.max_band = 0;
+  attention.portable = true;
+  EXPECT_TRUE(LaunchDmsPrefillAttention(attention, nullptr).ok());
 }
 
 const PrefillCase kCases[] = {

@@ -59,9 +59,10 @@ absl::Status ValidateDmsPrefillFp8Batch(const DmsPrefillFp8Batch& batch);
 // As DmsPrefillCompactParams of format fp8. Prefix tokens come as the cache's flat rows.
 struct DmsPrefillFp8CompactParams {
   DmsPrefillFp8Batch batch;
-  const Bf16* k = nullptr;                // [num_rows, num_kv_heads, 128], row stride kv_stride
+  // [num_rows, num_kv_heads, 128], row stride kv_stride, 16-byte aligned
+  const Bf16* k = nullptr;
   const Bf16* v = nullptr;                // as k
-  int64_t kv_stride = 0;                  // elements
+  int64_t kv_stride = 0;                  // elements, a multiple of 8
   const uint8_t* decisions = nullptr;     // [num_rows, num_kv_heads], 1: evict; null: all keep
   const uint8_t* prefix_evict = nullptr;  // [band_rows, num_kv_heads], read for prefix tokens only
   const uint8_t* prefix_rows = nullptr;  // [band_rows, num_kv_heads, 260], likewise; 4-byte aligned

@@ -48,8 +48,8 @@ absl::Status ValidateDmsPrefillFp8Batch(const DmsPrefillFp8Batch& batch) {
 absl::Status ValidateDmsPrefillFp8Compact(const DmsPrefillFp8CompactParams& p) {
   WINNOW_RETURN_IF_ERROR(ValidateDmsPrefillFp8Batch(p.batch));
   const int row = p.batch.rows.num_kv_heads * kPrefillFp8Dim;
-  if (p.kv_stride < row || p.kv_stride % 2 != 0) return Invalid("kv_stride", p.kv_stride);
-  if (p.k == nullptr || p.v == nullptr || !Aligned(p.k, 4) || !Aligned(p.v, 4)) {
+  if (p.kv_stride < row || p.kv_stride % 8 != 0) return Invalid("kv_stride", p.kv_stride);
+  if (p.k == nullptr || p.v == nullptr || !Aligned(p.k, 16) || !Aligned(p.v, 16)) {
     return absl::InvalidArgumentError("dms_prefill_fp8: k or v is null or misaligned");
   }
   if (!Aligned(p.rows, 4) || !Aligned(p.prefix_rows, 4)) {

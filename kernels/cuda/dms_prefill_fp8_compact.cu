@@ -5,10 +5,10 @@
 #include "kernels/cuda/dms_prefill_fp8.h"
 #include "kernels/cuda/dms_prefill_fp8_scales.h"
 #include "kernels/cuda/dms_prefill_marks.cuh"
+#include "kernels/cuda/dms_prefill_store.cuh"
 #include "kernels/cuda/dms_prefill_tiles.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
-#include "kernels/cuda/store_vector.cuh"
 
 namespace winnow::kernels {
 namespace {
@@ -23,10 +23,11 @@ using internal::PrefillFp8ScalesOf;
 using internal::PrefillFp8ShiftCode;
 using internal::PrefillFp8SumCodes;
 using internal::PrefillScratch;
-using internal::Quarter;
 
 constexpr int kDim = kPrefillFp8Dim, kChannels = kPrefillFp8Channels;
-constexpr int kStoreWarps = 8, kStoreThreads = 32 * kStoreWarps;
+constexpr int kTokens = 64;  // of a KV head, a block of the store
+constexpr int kTurns = 1, kStoreThreads = 8 * kTokens / kTurns;
+constexpr int kStoreBlocks = 2 * kTurns;  // an SM
 constexpr int kTokenBytes = static_cast<int>(TokenBytes(KvFormatId::kFp8, kDim));
 
 struct CompactArgs {
@@ -66,17 +67,15 @@ __global__ void __launch_bounds__(kMarkThreads, 1)
 
 // ---------------------------------------------------------------------------
 // Store: a block of kStoreThreads takes kTokens tokens of one KV head: quantizes them,
-// eight lanes a vector, into shared memory, and writes them from there to the flat rows,
+// four lanes a vector, into shared memory, and writes them from there to the flat rows,
 // the band and the survivors. Grid (1 + pieces of the longest band, batch); the first
 // block plans.
 
-constexpr int kTokens = 64;
 constexpr int kStagedBytes = kDim + kChannels + 8;  // a token's; the 8 spread rows over the banks
 
 struct Staged {
-  alignas(16) float sums[kStoreWarps][4][32];
   alignas(16) uint8_t codes[kTokens][kStagedBytes];  // K, then V's channels
-  uint16_t scales[kTokens][2];
+  alignas(4) uint16_t scales[kTokens][2];
   float v_scale[kTokens];     // as laid out
   int octaves[kTokens];       // that V's codes are made smaller by
   uint32_t largest;           // of V's scales, the bits of a float
@@ -153,60 +152,56 @@ __device__ void WriteSurvivors(const Staged& staged, const DmsPrefillFp8Rows& co
   }
 }
 
-// Quantizes (or for a prefix token copies, or past the band zeroes) the block's tokens.
-__device__ void Stage(const CompactArgs& args, const DmsPrefillSequence& s, int head, int first,
-                      Staged& staged) {
+// Quantizes (or for a prefix token copies, or past the band zeroes) four tokens, from `token` of
+// the block's on, and writes those of the chunk to the flat rows, if wanted. All lanes of a warp.
+__device__ __forceinline__ void Stage(const CompactArgs& args, const DmsPrefillSequence& s,
+                                      int head, int first, int token, Staged& staged) {
   const DmsPrefillBatch& b = args.p.batch;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int is_v = lane / 8 % 2;
-  const Quarter quarter{.lane = lane % 8, .mask = 0xffu << (lane & ~7)};
-  for (int turn = 0; turn < kTokens / 16; ++turn) {
-    const int token = 16 * turn + 2 * warp + lane / 16, i = first + token;
-    uint8_t* codes = staged.codes[token] + is_v * kDim;
-    auto* scale = reinterpret_cast<uint8_t*>(&staged.scales[token][is_v]);
-    if (i >= s.num_prefix && i < s.num_prefix + s.num_tokens) {
-      const Bf16* in = (is_v ? args.p.v : args.p.k) +
-                       (s.row + i - s.num_prefix) * args.p.kv_stride + head * kDim +
-                       2 * quarter.lane;
-      float2 x[kDim / 16];
+  const uint32_t lane = threadIdx.x % 32, four = lane % 4;
+  const int is_v = lane / 4 % 2, own = token + static_cast<int>(lane / 8), i = first + own;
+  const auto fresh = [&](int n) { return n >= s.num_prefix && n < s.num_prefix + s.num_tokens; };
+  uint32_t x[kDim / 8] = {};  // of two values
+  if (fresh(i)) {
+    const Bf16* in = (is_v ? args.p.v : args.p.k) + (s.row + i - s.num_prefix) * args.p.kv_stride +
+                     head * kDim + 8 * four;
 #pragma unroll
-      for (int n = 0; n < kDim / 16; ++n) {
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(in + 16 * n);
-        x[n] = make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-      }
-      internal::StoreVector<KvElement::kE4m3>(x, quarter, staged.sums[warp][lane / 8], codes,
-                                              scale);
-    } else if (i < s.num_prefix) {
-      const uint8_t* from =
-          args.prefix_rows + (int64_t{s.band_row + i} * b.num_kv_heads + head) * kTokenBytes;
-      for (int n = 0; n < 4; ++n) {
-        const int at = 16 * quarter.lane + 4 * n;
-        *reinterpret_cast<uint32_t*>(codes + at) =
-            *reinterpret_cast<const uint32_t*>(from + is_v * kDim + at);
-      }
-      if (quarter.lane == 0) {
-        staged.scales[token][is_v] = reinterpret_cast<const uint16_t*>(from + 2 * kDim)[is_v];
-      }
-    } else {
-      *reinterpret_cast<uint4*>(codes + 16 * quarter.lane) = make_uint4(0, 0, 0, 0);
-      if (quarter.lane == 0) staged.scales[token][is_v] = 0;
+    for (int n = 0; n < kDim / 8; n += 4) {
+      const uint4 piece = *reinterpret_cast<const uint4*>(in + 8 * n);
+      x[n] = piece.x;
+      x[n + 1] = piece.y;
+      x[n + 2] = piece.z;
+      x[n + 3] = piece.w;
     }
   }
-}
-
-// The chunk's tokens to the flat rows, if wanted.
-__device__ void WriteRows(const CompactArgs& args, const DmsPrefillSequence& s, int head, int first,
-                          const Staged& staged) {
+  uint8_t* codes = staged.codes[own] + is_v * kDim;
+  auto* scale = reinterpret_cast<uint8_t*>(&staged.scales[own][is_v]);
+  internal::StoreVector<KvElement::kE4m3, ~0u>(x, four, codes, scale);  // all lanes go along
+  if (!fresh(i)) {
+    const uint8_t* from =
+        args.prefix_rows + (int64_t{s.band_row + i} * b.num_kv_heads + head) * kTokenBytes;
+    const bool prefix = i < s.num_prefix;
+    for (int n = 0; n < kDim / 16; ++n) {  // the words that this thread has written
+      const uint32_t at = 32 * (n / 2) + 8 * four + 4 * (n % 2);
+      *reinterpret_cast<uint32_t*>(codes + at) =
+          prefix ? *reinterpret_cast<const uint32_t*>(from + is_v * kDim + at) : 0;
+    }
+    if (four == 0) {
+      staged.scales[own][is_v] =
+          prefix ? reinterpret_cast<const uint16_t*>(from + 2 * kDim)[is_v] : 0;
+    }
+  }
   if (args.p.rows == nullptr) return;
-  const int fresh = max(0, s.num_prefix - first);
-  const int end = min(kTokens, s.num_prefix + s.num_tokens - first);
-  for (int i = threadIdx.x; i < (end - fresh) * 65; i += kStoreThreads) {
-    const int token = fresh + i / 65, word = i % 65;
-    const int64_t row =
-        int64_t{s.row + first + token - s.num_prefix} * args.p.batch.num_kv_heads + head;
-    reinterpret_cast<uint32_t*>(args.p.rows + row * kTokenBytes)[word] =
-        word < 64 ? reinterpret_cast<const uint32_t*>(staged.codes[token])[word]
-                  : *reinterpret_cast<const uint32_t*>(staged.scales[token]);
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int t = first + token + n;
+    if (!fresh(t)) continue;
+    auto* to = reinterpret_cast<uint32_t*>(
+        args.p.rows + (int64_t{s.row + t - s.num_prefix} * b.num_kv_heads + head) * kTokenBytes);
+    const auto* words = reinterpret_cast<const uint32_t*>(staged.codes[token + n]);
+    to[lane] = words[lane];
+    to[lane + 32] = words[lane + 32];
+    if (lane == 0) to[64] = *reinterpret_cast<const uint32_t*>(staged.scales[token + n]);
   }
 }
 
@@ -214,19 +209,20 @@ __device__ void WriteRows(const CompactArgs& args, const DmsPrefillSequence& s, 
 __device__ void LevelScales(Staged& staged) {
   const int tid = static_cast<int>(threadIdx.x);
   float scale = 0.0f;
+  int own_octaves = 0;
   if (tid < kTokens) {
     scale = PrefillFp8Scale(staged.scales[tid][1]);
     if (scale < INFINITY) atomicMax(&staged.largest, __float_as_uint(scale));
   }
   __syncthreads();
   if (tid < kTokens) {
-    const int octaves = PrefillFp8Octaves(scale, __uint_as_float(staged.largest));
-    scale = ldexpf(scale, octaves);
-    staged.octaves[tid] = octaves;
+    own_octaves = PrefillFp8Octaves(scale, __uint_as_float(staged.largest));
+    scale = ldexpf(scale, own_octaves);
+    staged.octaves[tid] = own_octaves;
     staged.v_scale[tid] = scale;
     *reinterpret_cast<uint2*>(&staged.codes[tid][2 * kDim]) = PrefillFp8SumCodes(scale);
   }
-  __syncthreads();
+  if (__syncthreads_or(own_octaves) == 0) return;
   for (int i = tid; i < kTokens * kDim; i += kStoreThreads) {
     const int octaves = staged.octaves[i / kDim];
     if (octaves == 0) continue;
@@ -236,16 +232,16 @@ __device__ void LevelScales(Staged& staged) {
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kStoreThreads)
+__global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
     StoreFp8Kernel(const CompactArgs args, const PrefillScratch scratch, int positions) {
   __shared__ union {
     Staged staged;
     int counts[kBuckets];
   } memory;
-  __shared__ int warp_sums[kStoreWarps];
+  __shared__ int warp_sums[kStoreThreads / 32];
   const DmsPrefillBatch& b = args.p.batch;
-  ptx::WaitForPredecessors();
   if (blockIdx.x == 0) {
+    ptx::WaitForPredecessors();
     if (blockIdx.y == 0)
       internal::Plan<kStoreThreads>(b, scratch, positions, memory.counts, warp_sums);
     return;
@@ -256,6 +252,13 @@ __global__ void __launch_bounds__(kStoreThreads)
   const int piece = static_cast<int>(blockIdx.x) - 1;
   const int head = piece % b.num_kv_heads, first = piece / b.num_kv_heads * kTokens;
   if (first >= band) return;
+  if (threadIdx.x == 0) staged.largest = 0;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    Stage(args, s, head, first, 4 * (turn * kStoreThreads / 32 + warp), staged);
+  }
+  ptx::WaitForPredecessors();
   const int32_t* marks = scratch.marks + int64_t{head} * b.band_rows + s.band_row + first;
   const int rank = marks[0] >> 1;  // of the first survivor from here on
   const int laid_out = min(kTokens, NumExpirable(band, b.window) - first);
@@ -265,10 +268,7 @@ __global__ void __launch_bounds__(kStoreThreads)
     survives = (mark & 1) != 0;
     if (survives) staged.survivor[(mark >> 1) - rank] = static_cast<uint8_t>(threadIdx.x);
   }
-  if (threadIdx.x == 0) staged.largest = 0;
-  Stage(args, s, head, first, staged);
   const int count = __syncthreads_count(survives);
-  WriteRows(args, s, head, first, staged);
   LevelScales(staged);
   WriteBand(staged, OfHead(args.band, int64_t{head} * b.band_rows), s.band_row + first,
             min(kTokens / 16, (band - first + 15) / 16));

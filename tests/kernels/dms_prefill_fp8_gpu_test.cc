@@ -379,9 +379,14 @@ TEST(DmsPrefillFp8, RefusesWhatItCannotDo) {
 
   DmsPrefillFp8CompactParams compact{.batch = good, .k = values, .v = values, .kv_stride = 256};
   EXPECT_TRUE(ValidateDmsPrefillFp8Compact(compact).ok());
-  compact.kv_stride = 255;
-  EXPECT_EQ(ValidateDmsPrefillFp8Compact(compact).code(), invalid);
+  for (const int64_t stride : {255, 260}) {
+    compact.kv_stride = stride;
+    EXPECT_EQ(ValidateDmsPrefillFp8Compact(compact).code(), invalid) << stride;
+  }
   compact.kv_stride = 256;
+  compact.v = values + 4;
+  EXPECT_EQ(ValidateDmsPrefillFp8Compact(compact).code(), invalid);
+  compact.v = values;
   compact.prefix_rows = memory + 2;
   EXPECT_EQ(ValidateDmsPrefillFp8Compact(compact).code(), invalid);
   DmsPrefillFp8CudaParams attention{

@@ -11,7 +11,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
@@ -20,6 +22,8 @@
 #include "bench/kernels/bench_memory.cuh"
 #include "bench/kernels/fill_random.cuh"
 #include "bench/kernels/read_stream.cuh"
+#include "common/base/bf16.h"
+#include "common/base/fp8.h"
 #include "kernels/cuda/cublaslt_matmul.h"
 #include "kernels/cuda/gemv.h"
 #include "kernels/cuda/launch.cuh"
@@ -70,7 +74,7 @@ struct GemmShape {
 constexpr GemmShape kShapes[] = {{"qwen3_8b_gate_up", 24576, 4096},
                                  {"qwen3_8b_down", 4096, 12288},
                                  {"llama_1b_gate_up", 16384, 2048}};
-constexpr int kLaunches = 24, kPrefillRows = 2048;
+constexpr int kLaunches = 24, kPrefillRows = 2048, kChecked = 8;
 
 // Random inputs of a shape, and buffers for what becomes of them.
 class Products {
@@ -121,6 +125,39 @@ class Products {
                       .weights = e4m3_ ? GemvWeights::kE4m3 : GemvWeights::kBf16,
                       .epilogue = epilogue},
                      stream_));
+  }
+  // Ends the program unless some outputs by `m` rows are what sums in double are, but for what
+  // gemv.h says is lost: 2^-12 of such a sum's size, less of that of its products' magnitudes.
+  void CheckGemv(int m) {
+    Gemv(m, copies_ - 1, GemvEpilogue::kStore);
+    Check(cudaStreamSynchronize(stream_));
+    const auto k = static_cast<size_t>(shape_.k);
+    std::vector<Bf16> x(k);
+    std::vector<uint8_t> w(k * (e4m3_ ? 1 : 2));
+    const auto get = [](auto* to, const auto* from, size_t bytes) {
+      Check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
+    };
+    get(x.data(), x_.get() + (m - 1) * int64_t{shape_.k}, 2 * k);
+    for (int i = 0; i < kChecked; ++i) {
+      const int64_t j = int64_t{i} * (shape_.n - 1) / (kChecked - 1);
+      float scale = 1.0f, got = 0.0f;
+      get(w.data(), w_.get() + bytes_ * (copies_ - 1) + j * static_cast<int64_t>(w.size()),
+          w.size());
+      get(&got, out_.get() + (m - 1) * int64_t{shape_.n} + j, sizeof(float));
+      if (e4m3_) get(&scale, w_scale_.get() + j, sizeof(float));
+      double sum = 0, size = 0;
+      for (size_t at = 0; at < k; ++at) {
+        const uint16_t bf16 = e4m3_ ? 0 : static_cast<uint16_t>(w[2 * at] | w[2 * at + 1] << 8);
+        const double product =
+            double{ToFloat(x[at])} * double{e4m3_ ? E4m3ToFloat(w[at]) : ToFloat(Bf16{bf16})};
+        sum += product;
+        size += std::abs(product);
+      }
+      if (std::abs(got - sum * double{scale}) <= size * double{scale} * 0x1p-12) continue;
+      std::fprintf(stderr, "gemv of %s: out[%d, %lld] is %g, not %g\n", shape_.name, m - 1,
+                   static_cast<long long>(j), double{got}, sum * double{scale});
+      std::exit(1);
+    }
   }
   void Silu(int m) {
     const int columns = shape_.n / 2;
@@ -182,6 +219,7 @@ double EachUs(BenchTimer* timer, int copies, F launch) {
 void RunFew(const std::string& name, bool e4m3, bool gate_up, int m, double gbs, Products* products,
             BenchTimer* timer) {
   const int copies = products->copies();
+  products->CheckGemv(m);
   const auto gemv = [&](int copy) { products->Gemv(m, copy, GemvEpilogue::kStore); };
   const double us = EachUs(timer, copies, gemv);
   const double alone = timer->GraphMedian([&] { gemv(0); });

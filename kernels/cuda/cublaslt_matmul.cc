@@ -79,6 +79,9 @@ absl::Status ValidateMatmul(const MatmulParams& p) {
   if ((p.out_f32 == nullptr) == (p.out_bf16 == nullptr)) {
     return absl::InvalidArgumentError("matmul: one of out_f32 and out_bf16 must be set");
   }
+  if (p.accumulate && p.out_f32 == nullptr) {
+    return absl::InvalidArgumentError("matmul: accumulate adds to out_f32");
+  }
   if (p.ldo < p.n || p.ldo % (p.out_f32 != nullptr ? 4 : 8) != 0) return Invalid("ldo", p.ldo);
   if (p.x == nullptr || p.w == nullptr || !Aligned(p.x, 16) || !Aligned(p.w, 16) ||
       !Aligned(p.out_f32, 16) || !Aligned(p.out_bf16, 16)) {

@@ -39,7 +39,8 @@ struct MatmulParams {
   int64_t ldx = 0, ldo = 0;  // elements; rows of x, w and out begin 16-byte aligned
   MatmulType type = MatmulType::kBf16;
   MatmulScales scales = MatmulScales::kPerTensor;
-  bool accumulate = false;  // add to what out holds
+  // Add to what out_f32 holds. (To out_bf16 cuBLASLt would add a product rounded before.)
+  bool accumulate = false;
 };
 
 // Enough for cuBLASLt's best kernels on Hopper; less is allowed.

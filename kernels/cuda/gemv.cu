@@ -9,6 +9,7 @@
 #include "common/cuda/cuda_status.h"
 #include "kernels/cuda/gemv.h"
 #include "kernels/cuda/gemv_sm90.h"
+#include "kernels/cuda/gemv_store.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma_sync.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -80,7 +81,7 @@ __device__ __forceinline__ void FinishGemvQuad(const GemvParams& p, int tile, in
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float up = __shfl_down_sync(0xffffffffu, y[j], 2);
-      y[j] = y[j] / (1.0f + expf(-y[j])) * up;
+      y[j] = internal::GemvSilu(y[j], up);
     }
     store = store && quad < 2;
   }
@@ -89,12 +90,7 @@ __device__ __forceinline__ void FinishGemvQuad(const GemvParams& p, int tile, in
   for (int j = 0; j < 4; ++j) {
     const int row = GemvRow(p, tile, 4 * quad + j);
     if (row < 0) continue;
-    const int64_t at = m * p.ldo + row;
-    if (p.out_f32 != nullptr) {
-      p.out_f32[at] = y[j];
-    } else {
-      p.out_bf16[at].bits = static_cast<uint16_t>(ptx::PackBf16(y[j], 0.0f));
-    }
+    internal::StoreGemv(p, m * p.ldo + row, y[j]);
   }
 }
 

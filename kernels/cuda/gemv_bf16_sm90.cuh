@@ -5,6 +5,7 @@
 #include "absl/status/status.h"
 #include "kernels/cuda/gemv_copies.cuh"
 #include "kernels/cuda/gemv_launch.cuh"
+#include "kernels/cuda/gemv_store.cuh"
 #include "kernels/cuda/mma_sync.cuh"
 #include "kernels/cuda/ptx_cluster.cuh"
 
@@ -171,23 +172,16 @@ __device__ __forceinline__ GemvOutput OutputOf(const GemvBf16Args& a, const Gemv
 __device__ __forceinline__ void StoreOutput(const GemvParams& p, const GemvOutput& out,
                                             const float (&old)[4], float (&y)[4]) {
   if (p.epilogue == GemvEpilogue::kSiluMul) {
-    // The quotient is within two units in the last place, and 0 past a divisor of 2^126: a
-    // correctly rounded one is a long way for code that runs once.
 #pragma unroll
     for (float& v : y) {
       const float up = __shfl_down_sync(0xffffffffu, v, 16);
-      v = __fdividef(v, 1.0f + expf(-v)) * up;
+      v = GemvSilu(v, up);
     }
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j >= out.rows) break;
-    const int64_t at = out.at + j * p.ldo;
-    if (p.out_f32 != nullptr) {
-      p.out_f32[at] = p.epilogue == GemvEpilogue::kAdd ? old[j] + y[j] : y[j];
-    } else {
-      p.out_bf16[at].bits = static_cast<uint16_t>(ptx::PackBf16(y[j], 0.0f));
-    }
+    StoreGemv(p, out.at + j * p.ldo, p.epilogue == GemvEpilogue::kAdd ? old[j] + y[j] : y[j]);
   }
 }
 

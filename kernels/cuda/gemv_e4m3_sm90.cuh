@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/gemv_e4m3_shared.cuh"
 #include "kernels/cuda/gemv_e4m3_x.cuh"
+#include "kernels/cuda/gemv_store.cuh"
 
 // Few rows by e4m3 weights on sm_90a: the codes, as the copy engine stores them, are an operand of
 // wgmma. One warp copies w, two warpgroups multiply, the rest make x the other operand and finish
@@ -56,7 +57,7 @@ class E4m3Multiplier {
 #pragma unroll 1
     for (int tile = b_.first_tile; tile < b_.a.num_tiles; tile += b_.tile_step, ++i) {
       const bool wait_x = i == 0 || !b_.held;
-      float total[kTiles][2], even[kTiles][2];
+      float total[kTiles][2], even[kTiles][2] = {};
 #pragma unroll 1
       for (int pass = 0; pass < b_.a.passes; ++pass) {
         float part[kTiles][2] = {};
@@ -182,17 +183,12 @@ class E4m3Finisher {
       if (paired_ && j % 2 != 0) continue;
       float out = y[j] * scale[0];
       if (paired_) {
-        out = out / (1.0f + expf(-out)) * (y[j + 1 - j % 2] * scale[1]);
+        out = GemvSilu(out, y[j + 1 - j % 2] * scale[1]);
       } else if (p_.epilogue == GemvEpilogue::kAdd) {
         out = old[j] + out;
       }
       if (!Has(j) || column >= Columns()) continue;
-      const int64_t at = Row(j) * p_.ldo + column;
-      if (p_.out_f32 != nullptr) {
-        p_.out_f32[at] = out;
-      } else {
-        p_.out_bf16[at].bits = static_cast<uint16_t>(ptx::PackBf16(out, 0.0f));
-      }
+      StoreGemv(p_, Row(j) * p_.ldo + column, out);
     }
   }
 

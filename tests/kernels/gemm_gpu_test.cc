@@ -30,6 +30,7 @@ struct GemvCase {
   // 128 and a part below 2^13 of its unit) and exact, and 16 bytes that are lost or read twice
   // change every sum.
   bool integers = false;
+  int exponent = 0;  // of two, x's; past 0 weights are below 2^-5, so that sums stay finite
 
   friend void PrintTo(const GemvCase& c, std::ostream* os) { *os << c.name; }
 };
@@ -56,7 +57,7 @@ class GemvRun {
     for (int i = 0; i < c.m; ++i) {
       for (int j = 0; j < c.k; ++j) {
         const float drawn = c.integers ? Integer(rng(), e4m3_ ? 63 : 7, i % 2 != 0 && !silu)
-                                       : normal(rng) * std::exp2(static_cast<float>(i - 4));
+                                       : std::ldexp(normal(rng), i - 4 + c.exponent);
         const Bf16 value = ToBf16(drawn);
         x[Offset(8) + Size(i) * Size(ldx_) + Size(j)] = value;
         x_values_[Size(i) * Size(c.k) + Size(j)] = ToFloat(value);
@@ -79,6 +80,7 @@ class GemvRun {
         uint8_t code = static_cast<uint8_t>(rng());  // every one, subnormals too, but NaN
         if ((code & 0x7f) == 0x7f) code ^= 1;
         if (c.integers) code = ToE4m3(integer);
+        if (c.exponent > 0) code &= 0x8f;
         w[Offset(16) + i] = code;
         w_values_[i] = E4m3ToFloat(code);
       } else {
@@ -243,7 +245,7 @@ class GemvRun {
       }
     }
     const double scale = scale_values_[Size(j)];
-    error += weight_sizes_[Size(j)] * largest_x_[Size(i)] * 0x1p-17;
+    error += weight_sizes_[Size(j)] * std::max(largest_x_[Size(i)] * 0x1p-17, 0x1p-136);
     error += size * (c_.k / 128 + 16) * 0x1p-24;
     return {value * scale, error * scale, variance * scale * scale};
   }
@@ -346,6 +348,17 @@ std::vector<GemvCase> GemvCases() {
       add(3, 9000, 2048);
       add(5, 9000, 4096);
       add(2, 4096, kMaxGemvK);
+    }
+    // Where x's power of two ends, and rows of numbers that are too small to be normal; near the
+    // largest of all.
+    const auto add_scaled = [&](int m, int exponent) {
+      add(m, 37, 400);
+      cases.back().name += exponent < 0 ? "_tiny" : "_huge";
+      cases.back().exponent = exponent;
+    };
+    if (e4m3) {
+      for (const int exponent : {-121, 121}) add_scaled(3, exponent);
+      for (const int exponent : {-130, 113}) add_scaled(16, exponent);
     }
     // e4m3: x does not fit, and is streamed.
     for (const int k : {14336, 17408, 18944, 25600, 28672, 29568, kMaxGemvK}) {

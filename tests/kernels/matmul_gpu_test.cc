@@ -428,6 +428,11 @@ TEST(Matmul, RefusesWhatItCannotDo) {
   EXPECT_TRUE(refused([](auto& p) { p.type = MatmulType::kE4m3; }));
   EXPECT_TRUE(refused([](auto& p) { p.out_f32 = nullptr; }));
   EXPECT_TRUE(refused([&](auto& p) { p.out_bf16 = x; }));
+  EXPECT_TRUE(refused([&](auto& p) {
+    p.out_f32 = nullptr;
+    p.out_bf16 = x;
+    p.accumulate = true;
+  }));
   EXPECT_TRUE(refused([](auto& p) { p.workspace_bytes = 1; }));
   EXPECT_TRUE(refused([&](auto& p) { p.workspace = x + 8; }));
 }

@@ -10,7 +10,8 @@ namespace winnow::kernels {
 
 // What CompactDecodeAttentionCpu computes, on spans in device memory, of one layer.
 // K and V enter the products exactly (code * scale), queries and probabilities as sums
-// of two 16-bit floats, sums are float32. Bits depend on a row's query and span alone.
+// of two 16-bit floats (in 8-bit formats what is below 2^-32 of the largest probability may count
+// as nothing), sums are float32. Bits depend on a row's query and span alone.
 struct CompactDecodeAttentionCudaParams {
   DeviceSpans spans;
   DecodePlan plan;  // of this step

@@ -1,13 +1,17 @@
 // LaunchCompactDecodeAttention against its CPU twin and against attention in double.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
+#include "common/base/fp8.h"
 #include "kernels/compact_decode_attention.h"
+#include "kernels/cuda/compact_decode_attention.h"
 #include "kernels/cuda/decode_plan.h"
 #include "kernels/dms_prefill_attention.h"
 #include "kernels/hadamard.h"
 #include "tests/kernels/compact_decode_case.h"
+#include "tests/kernels/random_shapes.h"
 
 namespace winnow::kernels {
 namespace {
@@ -21,9 +25,11 @@ class CompactDecodeGpu : public testing::TestWithParam<DecodeCase> {
 // Scores: a query is a sum of two 16-bit floats, 2^-21 away (16 bits of it for bf16: 2^-16);
 // of D products summed in float32, truncated, each step at most 2^-22 of the sum of their
 // magnitudes, a; three more products. A probability is off by that and by 2^-21 of exp2 and
-// of its own split (2^-16 for bf16), both above and below the fraction. Sums: a matrix product
-// adds 16 keys to the sum, two of them a page, after the sum is scaled; a warp has two pages
-// of each PieceUnits(), then come kPagesPerUnit warps at most and, twice each, kMaxPieces pieces.
+// of its own split (2^-16 for bf16), both above and below the fraction; with V's scale on it (and
+// 2^8) 2^-32 of the largest scale, 2^-14 at least, is what 16-bit floats cannot hold. Sums: a
+// matrix product adds 16 keys to the sum, two of them a page, after the sum is scaled; a warp has
+// two pages of each PieceUnits(), then come kPagesPerUnit warps at most and, twice each, kMaxPieces
+// pieces.
 //
 // The CPU sums the keys one by one, n steps; its dots and exp are float32.
 struct Bounded {
@@ -34,11 +40,19 @@ Bounded Reference(const DecodeCase& c, const KvLayout& layout, const Span& span,
   std::vector<float> k(static_cast<size_t>(dim)), v(static_cast<size_t>(n * dim));
   std::vector<double> score(static_cast<size_t>(n));
   const double scale = 1.0 / std::sqrt(static_cast<double>(dim));
-  double max = -INFINITY, a = 0.0;
+  const bool bf16 = c.format == KvFormatId::kBf16;
+  double max = -INFINITY, a = 0.0, largest_scale = 0x1p-14;
+  std::vector<double> v_scale(static_cast<size_t>(n), 1.0);
   for (int j = 0; j < n; ++j) {
     const TokenRef token = SpanToken(layout, span, j);
     LoadK(c.format, dim, token, k.data());
     LoadV(c.format, dim, token, &v[static_cast<size_t>(j * dim)]);
+    if (!bf16) {
+      uint16_t half;
+      std::memcpy(&half, token.v_scale, sizeof(half));
+      v_scale[static_cast<size_t>(j)] = HalfToFloat(half);
+    }
+    largest_scale = std::max(largest_scale, v_scale[static_cast<size_t>(j)]);
     double dot = 0.0, magnitude = 0.0;
     for (int d = 0; d < dim; ++d) {
       const double x = double{q[d]} * k[static_cast<size_t>(d)];
@@ -49,7 +63,6 @@ Bounded Reference(const DecodeCase& c, const KvLayout& layout, const Span& span,
     max = std::max(max, dot * scale);
     a = std::max(a, magnitude * scale);
   }
-  const bool bf16 = c.format == KvFormatId::kBf16;
   const double split = std::ldexp(1.0, bf16 ? -16 : -21);
   const double score_error = a * (split + (dim + 8) * std::ldexp(1.0, -22));
   const double p_error = 2.0 * score_error + std::ldexp(1.0, -21) + split;
@@ -61,19 +74,22 @@ Bounded Reference(const DecodeCase& c, const KvLayout& layout, const Span& span,
       n * std::ldexp(1.0, -23);
   const std::vector<double> zeros(static_cast<size_t>(dim));
   Bounded result{zeros, zeros, zeros};
+  const double none = n * 448.0 * largest_scale * 0x1p-126;  // where float32 has no normal numbers
   double sum = 0.0;
   for (int j = 0; j < n; ++j) sum += std::exp(score[static_cast<size_t>(j)] - max);
   for (int d = 0; d < dim; ++d) {
-    double out = 0.0, magnitude = 0.0;
+    double out = 0.0, magnitude = 0.0, codes = 0.0;
     for (int j = 0; j < n; ++j) {
+      codes += std::fabs(v[static_cast<size_t>(j * dim + d)]) / v_scale[static_cast<size_t>(j)];
       const double x =
           std::exp(score[static_cast<size_t>(j)] - max) * v[static_cast<size_t>(j * dim + d)];
       out += x;
       magnitude += std::fabs(x);
     }
     result.out[static_cast<size_t>(d)] = out / sum;
-    result.bound[static_cast<size_t>(d)] = relative * magnitude / sum;
-    result.cpu_bound[static_cast<size_t>(d)] = cpu_relative * magnitude / sum;
+    const double lost = bf16 ? 0.0 : largest_scale * codes * 0x1p-32;
+    result.bound[static_cast<size_t>(d)] = (relative * magnitude + lost + none) / sum;
+    result.cpu_bound[static_cast<size_t>(d)] = (cpu_relative * magnitude + none) / sum;
   }
   return result;
 }
@@ -211,6 +227,13 @@ std::vector<DecodeCase> Cases() {
                        .num_sequences = 4});
     }
   }
+  for (const KvFormatId format : {KvFormatId::kFp8, KvFormatId::kInt8H, KvFormatId::kBf16}) {
+    cases.push_back({.name = "sinks_" + std::string(KvFormatName(format)),
+                     .format = format,
+                     .head_dim = format == KvFormatId::kFp8 ? 64 : 128,
+                     .lengths = {{300, 256}, {0, 40}, {7, 256}, {2000, 256}},
+                     .sinks = true});
+  }
   for (const int group : {1, 2, 3, 4, 5, 8}) {
     cases.push_back({.name = "group" + std::to_string(group),
                      .group = group,
@@ -260,6 +283,31 @@ std::vector<DecodeCase> Cases() {
   return cases;
 }
 
+std::vector<DecodeCase> RandomCases() {
+  RandomShapes shapes(7);
+  std::vector<DecodeCase> cases;
+  for (int i = 0; i < 20; ++i) {
+    DecodeCase c{.name = "number_" + std::to_string(i),
+                 .format = shapes.Format(),
+                 .head_dim = shapes.HeadDim(),
+                 .group = shapes.In(1, kMaxDecodeGroup),
+                 .num_kv_heads = shapes.In(1, 8),
+                 .window = shapes.OneIn(6) ? 0 : shapes.Window(),
+                 .lengths = {},
+                 .num_sequences = shapes.Log(1, 20),
+                 .sinks = shapes.OneIn(4)};
+    const int most = 60'000 / (c.num_kv_heads * c.num_sequences * c.group);
+    for (int n = shapes.In(1, 7); n > 0; --n) {
+      c.lengths.push_back({.survivors = shapes.OneIn(4) ? 0 : shapes.Log(1, std::max(most, 2)),
+                           .ring = shapes.OneIn(4) ? shapes.In(0, c.window) : c.window});
+    }
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, CompactDecodeGpu, testing::ValuesIn(RandomCases()),
+                         [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, CompactDecodeGpu, testing::ValuesIn(Cases()),
                          [](const auto& c) { return c.param.name; });
 

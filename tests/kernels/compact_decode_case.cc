@@ -16,12 +16,19 @@ std::vector<SpanLength> Lengths(const DecodeCase& c) {
   return out;
 }
 DeviceSpanCase Spans(const DecodeCase& c) {
-  return DeviceSpanCase({.format = c.format,
-                         .head_dim = c.head_dim,
-                         .window = c.window,
-                         .num_kv_heads = c.num_kv_heads,
-                         .spare_pages = 3},
-                        c.num_sequences, Lengths(c));
+  const auto sink = [&c](int token, float* k, float* v) {
+    for (int d = 0; token % 7 == 3 && d < c.head_dim; ++d) {
+      k[d] *= 8.0f;
+      v[d] = 0.0f;
+    }
+  };
+  DeviceSpanShape shape{.format = c.format,
+                        .head_dim = c.head_dim,
+                        .window = c.window,
+                        .num_kv_heads = c.num_kv_heads,
+                        .spare_pages = 3};
+  if (c.sinks) shape.token = sink;
+  return DeviceSpanCase(shape, c.num_sequences, Lengths(c));
 }
 
 std::vector<int32_t> AllSlots(const DecodeCase& c) {

@@ -18,8 +18,14 @@ struct DecodeCase {
   std::vector<SpanLength> lengths;  // in turn over sequences and heads
   int num_sequences = 4;
   float q_scale = 2.0f;
+  bool sinks = false;  // of every seventh token the key is long and the value 0
 
-  friend void PrintTo(const DecodeCase& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const DecodeCase& c, std::ostream* os) {
+    *os << c.name << ": " << KvFormatName(c.format) << " d" << c.head_dim << " group " << c.group
+        << " heads " << c.num_kv_heads << " window " << c.window << " sequences " << c.num_sequences
+        << (c.sinks ? " sinks" : "");
+    for (const SpanLength& l : c.lengths) *os << " " << l.survivors << "+" << l.ring;
+  }
 };
 // Of every sequence and head.
 std::vector<SpanLength> Lengths(const DecodeCase& c);

@@ -24,7 +24,12 @@ struct PrefillCase {
   KvFormatId format = KvFormatId::kFp8;
   float sink = 1.0f;        // times which the first 16 keys are longer than the others
   bool one_matrix = false;  // q, k and v are parts of one matrix's rows
-  friend void PrintTo(const PrefillCase& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const PrefillCase& c, std::ostream* os) {
+    *os << c.name << ": " << KvFormatName(c.format) << " d" << c.head_dim << " heads " << c.kv_heads
+        << " group " << c.group << " window " << c.window << " shift " << c.shift << " evict "
+        << c.evict_rate << " sink " << c.sink << (c.one_matrix ? " one matrix" : "");
+    for (const PrefillSequence& s : c.sequences) *os << " " << s.prefix << "+" << s.chunk;
+  }
 };
 
 // All tokens of a sequence, prefix first.

@@ -22,7 +22,11 @@ struct Fp8Case {
   std::vector<Sequence> sequences;
   int kv_heads = 2, group = 4, window = 256, shift = 1;
   double evict_rate = 0.875;  // of KV head 0; later heads evict a little less
-  friend void PrintTo(const Fp8Case& c, std::ostream* os) { *os << c.name; }
+  friend void PrintTo(const Fp8Case& c, std::ostream* os) {
+    *os << c.name << ": heads " << c.kv_heads << " group " << c.group << " window " << c.window
+        << " shift " << c.shift << " evict " << c.evict_rate;
+    for (const Sequence& s : c.sequences) *os << " " << s.prefix << "+" << s.chunk;
+  }
 };
 
 constexpr size_t Size(int64_t n) { return static_cast<size_t>(n); }

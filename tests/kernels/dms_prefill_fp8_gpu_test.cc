@@ -13,6 +13,7 @@
 #include "kernels/cuda/dms_prefill_fp8_scales.h"
 #include "tests/kernels/device_memory.h"
 #include "tests/kernels/dms_prefill_fp8_case.h"
+#include "tests/kernels/random_shapes.h"
 
 namespace winnow::kernels {
 namespace {
@@ -434,6 +435,29 @@ const Fp8Case kCases[] = {
     {.name = "prefix_one_token", .sequences = {{1000, 1}}, .window = 256},
 };
 
+std::vector<Fp8Case> RandomCases() {
+  RandomShapes shapes(8);
+  std::vector<Fp8Case> cases;
+  for (int i = 0; i < 12; ++i) {
+    Fp8Case c{.name = "number_" + std::to_string(i),
+              .sequences = {},
+              .kv_heads = shapes.In(1, 3),
+              .group = shapes.Of({1, 2, 3, 4, 8}),
+              .window = shapes.Window(),
+              .shift = shapes.In(0, 1),
+              .evict_rate = shapes.EvictRate()};
+    const int most = std::min(400, 1200 / (c.kv_heads * c.group));
+    for (int n = shapes.Of({1, 1, 2, 4}); n > 0; --n) {
+      const int prefix = shapes.Of({0, 0, 1, c.window - 1, c.window, c.window + 1, most});
+      c.sequences.push_back({std::min(prefix, 400), shapes.Log(1, most)});
+    }
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, DmsPrefillFp8Gpu, testing::ValuesIn(RandomCases()),
+                         [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, DmsPrefillFp8Gpu, testing::ValuesIn(kCases),
                          [](const auto& c) { return c.param.name; });
 

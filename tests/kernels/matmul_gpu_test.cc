@@ -14,6 +14,7 @@
 #include "kernels/cuda/matmul_quantize.h"
 #include "kernels/swiglu.h"
 #include "tests/kernels/device_memory.h"
+#include "tests/kernels/random_shapes.h"
 
 namespace winnow::kernels {
 namespace {
@@ -172,7 +173,8 @@ TEST_P(MatmulGpuCases, IsExactOnIntegersAndRepeats) {
   const bool e4m3 = c.type == MatmulType::kE4m3;
   const size_t m = static_cast<size_t>(c.m), n = static_cast<size_t>(c.n),
                k = static_cast<size_t>(c.k), size = e4m3 ? 1 : 2;
-  const size_t ldx = k + 16 * static_cast<size_t>(c.pad), ldo = n + 16 * static_cast<size_t>(c.pad);
+  const size_t ldx = k + 16 * static_cast<size_t>(c.pad),
+               ldo = (n + 7) / 8 * 8 + 16 * static_cast<size_t>(c.pad);
   std::mt19937 rng(static_cast<unsigned>(c.m + c.n * 3 + c.k));
   std::vector<int> x(m * k), w(n * k);
   for (int& v : x) v = static_cast<int>(rng() % 5) - 2;
@@ -330,6 +332,29 @@ std::vector<MatmulCase> MatmulCases() {
   return cases;
 }
 
+std::vector<MatmulCase> RandomCases() {
+  RandomShapes shapes(9);
+  std::vector<MatmulCase> cases;
+  for (int i = 0; i < 24; ++i) {
+    const bool e4m3 = shapes.OneIn(2);
+    MatmulCase c{
+        .name = "number_" + std::to_string(i),
+        .m = shapes.Log(1, 200),
+        .n = e4m3 ? 16 * shapes.Log(1, 20) : shapes.Log(1, 300),
+        .k = e4m3 ? 16 * shapes.Log(1, 60) : 8 * shapes.Log(1, 120),
+        .type = e4m3 ? MatmulType::kE4m3 : MatmulType::kBf16,
+        .scales = e4m3 && shapes.OneIn(2) ? MatmulScales::kPerRow : MatmulScales::kPerTensor,
+        .bf16_out = shapes.OneIn(2),
+        .pad = shapes.In(0, 2),
+        .offset = 16 * shapes.In(0, 3)};
+    c.accumulate = !c.bf16_out && shapes.OneIn(2);
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(Random, MatmulGpuCases, testing::ValuesIn(RandomCases()),
+                         [](const auto& c) { return c.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, MatmulGpuCases, testing::ValuesIn(MatmulCases()),
                          [](const auto& c) { return c.param.name; });
 

@@ -26,7 +26,7 @@ using internal::PrefillScratch;
 
 constexpr int kDim = kPrefillFp8Dim, kChannels = kPrefillFp8Channels;
 constexpr int kTokens = 64;  // of a KV head, a block of the store
-constexpr int kTurns = 1, kStoreThreads = 8 * kTokens / kTurns;
+constexpr int kTurns = 2, kStoreThreads = 8 * kTokens / kTurns;
 constexpr int kStoreBlocks = 2 * kTurns;  // an SM
 constexpr int kTokenBytes = static_cast<int>(TokenBytes(KvFormatId::kFp8, kDim));
 
@@ -132,20 +132,21 @@ __device__ void WriteSurvivors(const Staged& staged, const DmsPrefillFp8Rows& co
     *reinterpret_cast<uint4*>(compact.k + PrefillFp8KeyByte(row + n, 16 * column)) =
         *reinterpret_cast<const uint4*>(&staged.codes[staged.survivor[n]][16 * column]);
   }
-  for (int block = row / 16; block * 16 < row + count; ++block) {
-    const int n0 = block * 16 - row;  // the block's first key among ours
-    uint8_t* v = compact.v + int64_t{block} * (16 * kChannels);
-    if (n0 >= 0 && n0 + 16 <= count) {
-      for (int c = threadIdx.x; c < kChannels; c += kStoreThreads) {
-        reinterpret_cast<uint4*>(v)[c] =
-            GatherValues(staged, c, [&](int key) { return staged.survivor[n0 + key]; });
-      }
-    } else {  // byte by byte: other blocks own the rest
-      for (int i = threadIdx.x; i < 16 * kChannels; i += kStoreThreads) {
-        const int n = n0 + i / 2 % 2 * 8 + i / 4 % 4 * 2 + i % 2;
-        if (n >= 0 && n < count) v[i] = staged.codes[staged.survivor[n]][kDim + i / 16];
-      }
-    }
+  // Whole blocks of 16 keys, then the rest byte by byte, as other blocks own what lies between;
+  // lanes take one channel's keys, which are neighbours, before the next channel's.
+  const int lead = min(count, -row & 15), whole = (count - lead) / 16, rest = count - 16 * whole;
+  auto* v = reinterpret_cast<uint4*>(compact.v + int64_t{row + lead} * kChannels);
+  for (int i = threadIdx.x; i < whole * kChannels; i += kStoreThreads) {
+    const int n = lead + i / kChannels * 16;
+    v[i] = GatherValues(staged, i % kChannels, [&](int key) { return staged.survivor[n + key]; });
+  }
+  const uint32_t inverse = ((1u << 20) + rest - 1) / max(rest, 1);  // exact: i < 2^12, rest < 32
+  for (int i = threadIdx.x; i < rest * kChannels; i += kStoreThreads) {
+    const int channel = static_cast<int>(static_cast<uint32_t>(i) * inverse >> 20);
+    int n = i - channel * rest;
+    if (n >= lead) n += 16 * whole;
+    compact.v[PrefillFp8ValueByte(row + n, channel)] =
+        staged.codes[staged.survivor[n]][kDim + channel];
   }
   for (int n = threadIdx.x; n < count; n += kStoreThreads) {
     WriteScales(compact, row + n, staged, staged.survivor[n]);
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks)
   const int head = piece % b.num_kv_heads, first = piece / b.num_kv_heads * kTokens;
   if (first >= band) return;
   if (threadIdx.x == 0) staged.largest = 0;
-#pragma unroll
+#pragma unroll  // ptxas spills hundreds of bytes in a loop
   for (int turn = 0; turn < kTurns; ++turn) {
     const int warp = static_cast<int>(threadIdx.x / 32);
     Stage(args, s, head, first, 4 * (turn * kStoreThreads / 32 + warp), staged);

@@ -31,6 +31,7 @@ struct PrepareCase {
   friend void PrintTo(const PrepareCase& c, std::ostream* os) {
     *os << c.name << ": " << KvFormatName(c.format) << " d" << c.head_dim << " group " << c.group
         << " heads " << c.num_kv_heads << " window " << c.window << " shift " << c.shift;
+    for (const Sequence& s : c.sequences) *os << " " << s.prefix << "+" << s.chunk;
   }
 };
 
@@ -468,6 +469,7 @@ std::vector<PrepareCase> RandomCases() {
       const int prefix = shapes.OneIn(2) ? 0 : shapes.In(1, std::min(c.window + 1, 300));
       c.sequences.push_back({prefix, shapes.OneIn(8) ? 0 : shapes.Log(1, 260)});
     }
+    c.sequences[0].chunk = std::max(c.sequences[0].chunk, 1);  // not all may be empty
     cases.push_back(c);
   }
   return cases;

@@ -38,6 +38,28 @@ absl::StatusOr<CUtensorMap> WeightMap(const E4m3Args& a) {
   return make(sizes, strides, box);
 }
 
+// Of x, as CopyX() asks for it.
+template <typename S>
+absl::StatusOr<CUtensorMap> XMap(const E4m3Args& a) {
+  const auto m = static_cast<uint64_t>(a.p.m), k = static_cast<uint64_t>(a.p.k);
+  const auto make = [&](std::span<const uint64_t> sizes, std::span<const uint64_t> strides,
+                        std::span<const uint32_t> box) {
+    return MakeTensorMap(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_NONE,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, a.p.x, sizes, strides, box);
+  };
+  const uint64_t row_bytes = 2 * static_cast<uint64_t>(a.p.ldx);
+  if (!a.whole_parts) {
+    const uint64_t sizes[] = {k, m}, strides[] = {row_bytes};
+    const uint32_t box[] = {kE4m3Chunk, S::kM};
+    return make(sizes, strides, box);
+  }
+  // k of a unit, rows, units.
+  const uint64_t units = a.cluster * S::kUnits;
+  const uint64_t sizes[] = {k / units, m, units}, strides[] = {row_bytes, 2 * (k / units)};
+  const uint32_t box[] = {kE4m3Chunk, S::kM, S::kUnits};
+  return make(sizes, strides, box);
+}
+
 template <typename S, int kWide>
 absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   constexpr int kLeastStages = kRingBytes / (kWide * kE4m3ChunkBytes);
@@ -72,10 +94,13 @@ absl::Status Enqueue(const GemvParams& p, int chunks, StreamHandle stream) {
   }
   args.stages = kE4m3MaxStages / kWide;
   while (!fits(args.stages)) --args.stages;
+  // x comes behind the weights that were asked for before it: many rows of it sooner behind fewer.
+  if (S::kM > 8 && args.cluster == 1) args.stages = std::min(args.stages, kLeastStages);
   WINNOW_ASSIGN_OR_RETURN(const CUtensorMap map, WeightMap<S>(args));
+  WINNOW_ASSIGN_OR_RETURN(const CUtensorMap x_map, XMap<S>(args));
   return LaunchGemvKernel<GemvE4m3Kernel<S, kWide>>(
       args.cluster, args.num_tiles, S::kThreads, E4m3SharedBytes<S, kWide>(args.stages, args.slots),
-      stream, args, map);
+      stream, args, map, x_map);
 }
 
 template <int kM, int kSlices>

@@ -24,8 +24,7 @@ inline constexpr int kE4m3MathWarps = 4 * kE4m3Groups;
 inline constexpr int kE4m3GroupChunk = 64 * kE4m3Chunk;
 inline constexpr int kE4m3ChunkBytes = kE4m3Groups * kE4m3GroupChunk;
 inline constexpr int kE4m3MaxStages = 14, kE4m3MaxSlots = 32;
-inline constexpr int kE4m3XAhead = 3;                  // slots of x that are copied at once
-inline constexpr int kE4m3MinSlots = kE4m3XAhead + 1;  // unless there are all
+inline constexpr int kE4m3MinSlots = 4;  // unless there are all
 
 // Of a block that multiplies by kM_ rows of x.
 template <int kM_, int kSlices_>
@@ -42,13 +41,13 @@ struct E4m3Shape {
   static constexpr int kOutputs = kRows * kM;
   static constexpr int kXWarps = kM <= 4 ? 4 : kM <= 8 ? 8 : 16;  // that prepare x and finish tiles
   static constexpr int kXThreads = 32 * kXWarps;
-  static constexpr int kThreads = 32 * (kE4m3MathWarps + 1) + kXThreads;
+  static constexpr int kThreads = 32 * (kE4m3MathWarps + 2) + kXThreads;  // two that copy
   static constexpr int kBlocks = kM <= 4 ? 2 : 1;  // an SM: this kernel's and the next one's
 };
 
 struct E4m3Barriers {
   uint64_t full[kE4m3MaxStages], empty[kE4m3MaxStages];
-  uint64_t x_full[kE4m3MaxSlots], x_empty[kE4m3MaxSlots];
+  uint64_t x_raw[kE4m3MaxSlots], x_full[kE4m3MaxSlots], x_empty[kE4m3MaxSlots];
   uint64_t sums_full[2], sums_empty[2];
   // Between the two blocks of a cluster: slot s of the inbox is full; the other's may be filled.
   uint64_t inbox_full[2], inbox_free[2];

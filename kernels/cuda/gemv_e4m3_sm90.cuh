@@ -5,8 +5,8 @@
 #include "kernels/cuda/gemv_store.cuh"
 
 // Few rows by e4m3 weights on sm_90a: the codes, as the copy engine stores them, are an operand of
-// wgmma. One warp copies w, two warpgroups multiply, the rest make x the other operand and finish
-// tiles. Blocks stay; where x does not fit beside a ring, two share a tile, each half of k.
+// wgmma. A warp copies w and one x, two warpgroups multiply, the rest make x the other operand and
+// finish tiles. Blocks stay; where x does not fit beside a ring, two share a tile, each half of k.
 namespace winnow::kernels::internal {
 
 #if WINNOW_SM90A
@@ -272,22 +272,15 @@ class E4m3Finisher {
 
 template <typename S, int kWide>
 __device__ __forceinline__ void FinishE4m3(const E4m3Block<S, kWide>& b, int warp, int lane) {
-  const int all = b.held ? b.steps : b.Tiles() * b.steps;
   ptx::WaitForPredecessors();
-  E4m3XCopies<S, kWide> copies(b, all, warp, lane);
-#pragma unroll 1
-  for (int i = 0; i < kE4m3XAhead - 1; ++i) copies.Next();
   E4m3Finisher<S, kWide> finisher(b, 32 * warp + lane);
   ptx::RingPlace slot;
-  int i = 0, split = 0;
+  int i = 0;
 #pragma unroll 1
   for (int tile = b.first_tile; tile < b.a.num_tiles; tile += b.tile_step, ++i) {
-    const int end = min(all, (i + 1) * b.steps);
 #pragma unroll 1
-    for (; split < end; ++split) {
-      copies.Next();
-      WaitCopies<kE4m3XAhead - 1>();
-      __syncwarp();
+    for (int step = i == 0 || !b.held ? b.steps : 0; step > 0; --step) {
+      ptx::BarrierWait(&b.barriers->x_raw[slot.at], slot.parity);
       SplitX<S, kWide>(b.x + slot.at * b.kSlot, b.factors + slot.at * (kWide * S::kPairs), warp,
                        lane);
       ptx::FenceForWgmma();
@@ -303,7 +296,8 @@ __device__ __forceinline__ void FinishE4m3(const E4m3Block<S, kWide>& b, int war
 // Dynamic shared memory: the ring | x | sums | inbox | factors | barriers.
 template <typename S, int kWide>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    GemvE4m3Kernel(const __grid_constant__ E4m3Args args, const __grid_constant__ CUtensorMap map) {
+    GemvE4m3Kernel(const __grid_constant__ E4m3Args args, const __grid_constant__ CUtensorMap map,
+                   const __grid_constant__ CUtensorMap x_map) {
 #if WINNOW_SM90A
   extern __shared__ __align__(1024) uint8_t ring[];
   // By the shuffle the compiler knows that it is a warp's, and keeps addresses in its registers.
@@ -315,7 +309,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   float* inbox = sums + 2 * S::kSums;
   float* factors = inbox + 2 * S::kOutputs;
   auto* barriers = reinterpret_cast<E4m3Barriers*>(factors + args.slots * kWide * S::kPairs);
-  // The warp that copies w begins before the others.
+  // The warp that copies w begins before the others; behind it is the one that copies x.
   constexpr int kCopier = kE4m3MathWarps + S::kXWarps;
   if (warp == kCopier) {
     if (lane == 0) ptx::PrefetchMap(&map);
@@ -324,6 +318,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       ptx::BarrierInit(&barriers->empty[lane], kE4m3MathWarps * ptx::kWarpArrivals);
     }
     if (lane < args.slots) {
+      ptx::BarrierInit(&barriers->x_raw[lane], 1);
       ptx::BarrierInit(&barriers->x_full[lane], S::kXWarps * ptx::kWarpArrivals);
       ptx::BarrierInit(&barriers->x_empty[lane], kE4m3MathWarps * ptx::kWarpArrivals);
     }
@@ -362,11 +357,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     if (args.cluster > 1) ptx::ClusterWaitAll();
     FinishE4m3<S, kWide>(b, warp - kE4m3MathWarps, lane);
   } else if (lane == 0) {
-    CopyWeights<S, kWide>(b, &map);
+    if (warp == kCopier) {
+      CopyWeights<S, kWide>(b, &map);
+    } else {
+      CopyX<S, kWide>(b, &x_map);
+    }
   }
   // No block's memory is written after it has ended: it waits for all that is.
   __syncwarp();
-  if (args.cluster > 1 && (warp < kE4m3MathWarps || warp == kCopier)) ptx::ClusterWaitAll();
+  if (args.cluster > 1 && (warp < kE4m3MathWarps || warp >= kCopier)) ptx::ClusterWaitAll();
 #endif
 }
 

@@ -8,54 +8,34 @@ namespace winnow::kernels::internal {
 
 #if WINNOW_SM90A
 
-// Copies of x as it is, running ahead of what is split. Warp w of kXWarps copies and splits pairs
-// 4 * w to 4 * w + 3, then 4 * kXWarps further.
+// One thread's: x as it is into slots, as they are free.
 template <typename S, int kWide>
-class E4m3XCopies {
- public:
-  static constexpr int kPairs = kWide * S::kPairs;
-  static constexpr int kEach = 2 * ((kPairs + 4 * S::kXWarps - 1) / (4 * S::kXWarps));
-
-  // Of the first `steps` slots.
-  __device__ __forceinline__ E4m3XCopies(const E4m3Block<S, kWide>& b, int steps, int warp,
-                                         int lane)
-      : b_(b), steps_(steps), to_(ptx::SharedAddress(b.x) + 16 * (lane % 16)) {
+__device__ __forceinline__ void CopyX(const E4m3Block<S, kWide>& b, const CUtensorMap* map) {
+  ptx::PrefetchMap(map);
+  ptx::WaitForPredecessors();
+  ptx::RingPlace slot;
+  int step = 0;
+  for (int left = b.held ? b.steps : b.Tiles() * b.steps; left > 0; --left) {
+    uint64_t* raw = &b.barriers->x_raw[slot.at];
+    ptx::BarrierWait(&b.barriers->x_empty[slot.at], slot.parity ^ 1);
+    ptx::BarrierArriveExpect(raw, b.kSlot);
+    uint8_t* to = b.x + slot.at * b.kSlot;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int pair = 4 * warp + 4 * S::kXWarps * (i / 2) + 2 * (i % 2) + lane / 16;
-      const int m = pair % S::kM;
-      pair_[i] = pair;
-      // A row that is not there is past the end of k, which nothing is copied from.
-      k_[i] = b.FirstK(pair % S::kPairs / S::kM) + pair / S::kPairs * kE4m3Chunk + 8 * (lane % 16);
-      from_[i] = b.a.p.x + m * b.a.p.ldx;
-      if (m >= b.a.p.m) k_[i] = b.a.p.k;
-    }
-  }
-
-  // Enqueues a slot's, in a group of its own; an empty one past the last.
-  __device__ __forceinline__ void Next() {
-    if (steps_-- > 0) {
-      ptx::BarrierWait(&b_.barriers->x_empty[slot_.at], slot_.parity ^ 1);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (pair_[i] >= kPairs) continue;
-        const int k = k_[i] + step_ * (kWide * kE4m3Chunk);
-        const bool inside = k < b_.a.p.k;
-        CopyAsync(to_ + slot_.at * b_.kSlot + 256 * pair_[i], from_[i] + (inside ? k : 0), inside);
+    for (int i = 0; i < kWide; ++i) {
+      const int k = (step * kWide + i) * kE4m3Chunk;
+      if (b.a.whole_parts) {
+        ptx::LoadBox3(to, map, raw, k, 0, b.rank * S::kUnits);
+        to += S::kXBytes;
+        continue;
       }
-      if (++step_ == b_.steps) step_ = 0;
-      slot_.Next(b_.a.slots);
+      for (int unit = 0; unit < S::kUnits; ++unit, to += S::kXBytes / S::kUnits) {
+        ptx::LoadBox2(to, map, raw, b.FirstK(unit) + k, 0);
+      }
     }
-    CommitCopies();
+    if (++step == b.steps) step = 0;
+    slot.Next(b.a.slots);
   }
-
- private:
-  const E4m3Block<S, kWide>& b_;
-  int steps_, step_ = 0, pair_[kEach], k_[kEach];
-  const Bf16* from_[kEach];
-  const uint32_t to_;
-  ptx::RingPlace slot_;
-};
+}
 
 // The largest |x| of both halves; NaN if one is.
 __device__ __forceinline__ uint32_t LargestBf16(uint32_t a, uint32_t b) {

@@ -137,7 +137,7 @@ absl::Status LaunchCompactDecodeAttention(const CompactDecodeAttentionCudaParams
       .rotated = KvFormatOf(spans.format).rotated};
   const int most_pages = spans.max_survivor_pages + spans.ring_pages_per_span() + 1;
   const int64_t most_pieces =
-      int64_t{p.num_seqs} * spans.num_kv_heads * ((most_pages + kPagesPerUnit - 1) / kPagesPerUnit);
+      int64_t{p.num_seqs} * spans.num_kv_heads * (most_pages / kPagesPerUnit + 2);
   device::DecodeLaunch launch = {
       .map = {},
       .num_rows = p.num_seqs * spans.num_kv_heads,

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/status_macros.h"
 #include "common/cuda/cuda_status.h"
+#include "kernels/cuda/compact_decode_consumer.cuh"
 #include "kernels/cuda/compact_decode_merge.cuh"
 #include "kernels/cuda/compact_decode_producer.cuh"
 #include "kernels/cuda/device_limits.cuh"
@@ -24,79 +25,6 @@
 // span, and, in the block that brings a span's last piece, those of the others, always in
 // index order. No warp waits for another but through the barriers of what it reads.
 namespace winnow::kernels::device {
-
-template <KvElement kK, KvElement kV, int kDim, int kHeads>
-__device__ void ConsumePieces(const CompactDecodeArgs& args, uint8_t* ring,
-                              DecodeShared<kK, kV, kDim, kHeads>& shared, int warp, int lane) {
-  using S = DecodeShape<kK, kV, kDim>;
-  using Shared = DecodeShared<kK, kV, kDim, kHeads>;
-  using Warp = DecodeWarp<kK, kV, kDim, kHeads>;
-  Warp state(lane);
-  RingCursor begin;  // of the piece
-  ptx::RingPlace stage;
-  uint32_t results_turn = 1;
-  while (true) {
-    RingWait(&shared.words_full[stage.at], stage.parity);
-    const typename Shared::Piece& piece = shared.piece[stage.at];
-    const PieceView<kK, kV, kDim> view(piece.words);
-    if (view.num_pages == 0) return;
-    for (int first = 0; first < view.num_pages; first += view.unit) {
-      const int pages = min(view.unit, view.num_pages - first);
-      RingCursor cursor = begin;
-      cursor.Advance(warp, args.ring_slots);
-      for (int i = warp; i < pages; i += Warp::kPages * kDecodeWarps) {
-        typename Warp::Page at_once[Warp::kPages];
-        int slots[Warp::kPages];
-#pragma unroll
-        for (int n = 0; n < Warp::kPages; ++n) {
-          const bool is_there = n == 0 || i + n * kDecodeWarps < pages;  // else the first, unread
-          slots[n] = is_there ? cursor.slot : slots[0];
-          if (is_there) {
-            // Until the page a turn before has been read, this one's parity says nothing.
-            RingWait(&shared.empty[slots[n]], cursor.turn ^ 1);
-            RingWait(&shared.full[slots[n]], cursor.turn);
-          }
-          const int page = view.first_page + first + i + n * kDecodeWarps;
-          const uint8_t* at_page = ring + slots[n] * S::kRingBytes;
-          at_once[n] = {.codes = ptx::SharedAddress(at_page),
-                        .scales = at_page + S::kCodeBytes,
-                        .v_scales = is_there && view.IsNewest(page) ? 2 : 2 * S::kSlots,
-                        .count = is_there ? view.Keys(page) : 0};
-          cursor.Advance(kDecodeWarps, args.ring_slots);
-        }
-        if (i == warp) {
-          if (first == 0) RingWait(&shared.query_full[stage.at], stage.parity);  // comes last
-          state.Reset(piece.query, piece.q_scale);
-        }
-        state.AddPages(at_once, [&](int n) {
-          __syncwarp();
-          // The first is read again where the second is not there.
-          const bool is_last = n == Warp::kPages - 1 || i + (n + 1) * kDecodeWarps < pages;
-          if (ptx::ArrivesForWarp(lane) && is_last) RingArrive(&shared.empty[slots[n]]);
-        });
-      }
-      begin.Advance(pages, args.ring_slots);
-
-      RingWait(&shared.results_empty, results_turn);
-      results_turn ^= 1;
-      if (warp < pages) {
-        state.Finish(
-            [&](int head, float max, float sum) {
-              shared.max[warp][head] = max;
-              shared.sum[warp][head] = sum;
-            },
-            [&](int head, int channel, float4 x) {
-              *reinterpret_cast<float4*>(&shared.out[warp][head][channel]) = x;
-            });
-      }
-      __syncwarp();
-      if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.results_full);
-    }
-    __syncwarp();
-    if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[stage.at]);
-    stage.Next(Shared::kStages);
-  }
-}
 
 // The part of warp `warp` of `warps`. One lane: a warp's lanes would take turns.
 template <typename Shared>
@@ -125,7 +53,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory + Shared::RingBytes(args.ring_slots));
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  ptx::LetDependentsStart();
+  if constexpr (!Shared::kLateDependents) ptx::LetDependentsStart();
 #ifdef WINNOW_RACECHECK
   // It records writes that other warps skip by a uniform predicate; here they skip by a branch.
   if (warp == 0) {
@@ -148,10 +76,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     if (warp == kDecodeWarps + kMergeWarps - 1) {  // idle for now
       DecodeProducer<kK, kV, kDim, kHeads>(args, &map, memory, shared, lane).BeginWritten();
     }
-    ptx::WaitForPredecessors();
     FinishPieces<kK, kV, kDim, kHeads>(args, shared, warp - kDecodeWarps, lane);
   } else {
-    ConsumePieces<kK, kV, kDim, kHeads>(args, memory, shared, warp, lane);
+    DecodeConsumer<kK, kV, kDim, kHeads>(args, memory, shared, warp, lane).Run();
   }
 }
 

@@ -149,16 +149,17 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
     const PieceView<kK, kV, kDim> view(words);
     const int row = words[kRow], partial = words[kPartial];
     if (view.num_pages == 0) return;
+    ptx::WaitForPredecessors();
     __syncwarp();
     if (ptx::ArrivesForWarp(lane)) RingArrive(&shared.piece_empty[stage.at]);
     stage.Next(Shared::kStages);
-    const int num_pieces = (view.span_pages + view.unit - 1) / view.unit;
+    const int num_pieces = view.span.num_pieces();
 #if WINNOW_SM90A
     const SpanGather<kDim, kHeads> gather(reinterpret_cast<uint8_t*>(&shared + 1),
                                           args.gather_slots, &shared.gathered, group, num_pieces);
-    const bool is_share = partial == kShare && view.num_pages < view.span_pages;
+    const bool is_share = partial == kShare && view.num_pages < view.span.num_pages;
     typename SpanGather<kDim, kHeads>::Target target[Tasks::kTasks];
-    int piece = view.first_page / view.unit;
+    int piece = view.span.PieceIndex(view.first_page);
     if (is_share) {
       if (tid == 0) gather.Expect();
       ptx::ClusterWaitAll();  // the others' barriers are initialized
@@ -167,8 +168,8 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
     }
 #endif
     Fold fold[Tasks::kTasks];
-    for (int first = 0; first < view.num_pages; first += view.unit) {
-      const int pages = min(view.unit, view.num_pages - first);
+    for (int page = view.first_page; page < view.end_page();) {
+      page = view.span.PieceEnd(page);
       RingWait(&shared.results_full, results_turn);
       results_turn ^= 1;
 #pragma unroll
@@ -176,21 +177,16 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
         const int head = Tasks::Head(k, tid);
         float max = shared.max[0][head];
 #pragma unroll
-        for (int w = 1; w < kDecodeWarps; ++w) {
-          const float other = shared.max[w][head];
-          max = w < pages ? fmaxf(max, other) : max;
-        }
+        for (int w = 1; w < kDecodeWarps; ++w) max = fmaxf(max, shared.max[w][head]);
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kDecodeWarps; ++w) {
+        for (int w = 0; w < kDecodeWarps; ++w) {  // weight 0 of one that saw no key
           const float4 y = *reinterpret_cast<const float4*>(&shared.out[w][head][channel]);
           const float weight = Exp2(shared.max[w][head] - max);
-          const auto add = [&](float own, float other) {
-            return w < pages ? __fmaf_rn(weight, other, own) : own;  // else it took no page
-          };
-          x = make_float4(add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w));
-          sum = add(sum, shared.sum[w][head]);
+          x = make_float4(__fmaf_rn(weight, y.x, x.x), __fmaf_rn(weight, y.y, x.y),
+                          __fmaf_rn(weight, y.z, x.z), __fmaf_rn(weight, y.w, x.w));
+          sum = __fmaf_rn(weight, shared.sum[w][head], sum);
         }
 #if WINNOW_SM90A
         if (is_share) {
@@ -215,11 +211,11 @@ __device__ void FinishPieces(const CompactDecodeArgs& args,
       continue;
     }
 #endif
-    if (view.num_pages == view.span_pages) {
+    if (view.num_pages == view.span.num_pages) {
       Tasks::Store(args, row, fold, tid);
       continue;
     }
-    const int64_t index = static_cast<int64_t>(partial) + view.first_page / view.unit;
+    const int64_t index = static_cast<int64_t>(partial) + view.span.PieceIndex(view.first_page);
 #pragma unroll
     for (int k = 0; k < Tasks::kTasks; ++k) {
       const int head = Tasks::Head(k, tid);

@@ -25,8 +25,9 @@ class DecodeProducer {
   // Fills the ring's first slots with the pages that the step writes. A warp beside Run()'s, which
   // meanwhile sees to the query.
   __device__ void BeginWritten() {
-    const int at = static_cast<int>(blockIdx.x);
-    const PieceWords piece = LoadPiece(at, *args_.num_pieces);
+    const int at = static_cast<int>(blockIdx.x), num_pieces = *args_.num_pieces;
+    if (at >= num_pieces) return;
+    const PieceWords piece = LoadPiece(at, num_pieces);
     const int ids = PageIds(piece, 0);
     ptx::WaitForPredecessors();
     BeginPages(piece, ids, /*settled=*/false);
@@ -35,16 +36,23 @@ class DecodeProducer {
   __device__ void Run() {
     const int grid = static_cast<int>(gridDim.x);
     int at = static_cast<int>(blockIdx.x);
+#if WINNOW_SM90A
+    if (lane_ == 0) ptx::PrefetchMap(map_);
+#endif
     PieceWords piece = LoadPiece(at, args_.max_pieces);  // perhaps none: before the count is here
     const int num_pieces = *args_.num_pieces;
-    if (at >= num_pieces) piece.word = 0;
+    if (at >= num_pieces) {
+      PublishWords(PieceWords{});
+      ptx::WaitForPredecessors();  // the next kernel's blocks come later so, which is faster
+      return;
+    }
     int ids = PageIds(piece, 0);
     // What the kernel before this one does not write is on its way before that one ends.
-    int filled = 0;
-    if (at < num_pieces) {
-      PublishWords(piece);
-      filled = BeginPages(piece, ids, /*settled=*/true);
-      cursor_.Advance(filled, args_.ring_slots);
+    PublishWords(piece);
+    int filled = BeginPages(piece, ids, /*settled=*/true);
+    cursor_.Advance(filled, args_.ring_slots);
+    if constexpr (Shared::kLateDependents) {  // nothing is left that they could delay
+      if (filled == piece.Get(kNumPages)) ptx::LetDependentsStart();
     }
     ptx::WaitForPredecessors();
     float4 query[kLaneSteps];
@@ -60,6 +68,7 @@ class DecodeProducer {
 #pragma unroll 1
       for (int step = 0; step < 4; ++step) {
         FillPages(piece, &ids, &filled, pages - (step < 3 ? (3 - step) * kPagesATrip - 1 : 0));
+        if (Shared::kLateDependents && step == 0) ptx::LetDependentsStart();
         if (step == 0 && !first && lane_ == 0) claim = ClaimPiece(args_.next_piece);
         if (step == 1) {
           next_at = first ? at + grid : 2 * grid + __shfl_sync(0xffffffffu, claim, 0);
@@ -76,8 +85,8 @@ class DecodeProducer {
       filled = 0;
     }
     PublishWords(PieceWords{});
-    // The last block to end leaves the counters as it found them.
-    if (lane_ == 0 && atomicAdd(args_.next_piece + 1, 1) == grid - 1) {
+    // The last block with work to end leaves the counters as it found them.
+    if (lane_ == 0 && atomicAdd(args_.next_piece + 1, 1) == min(grid, num_pieces) - 1) {
       args_.next_piece[0] = 0;
       args_.next_piece[1] = 0;
     }

@@ -9,7 +9,7 @@
 namespace winnow::kernels::device {
 
 inline constexpr int kDecodeWarps = 4;
-static_assert(kPagesPerUnit % kDecodeWarps == 0);
+static_assert(kPagesPerUnit % kDecodeWarps == 0 && SpanCut::kHalfStep % kDecodeWarps == 0);
 inline constexpr int kMergeWarps = 2;
 inline constexpr int kDecodeThreads = 32 * (kDecodeWarps + kMergeWarps + 1);
 
@@ -62,6 +62,10 @@ struct alignas(16) DecodeShared {
   using S = DecodeShape<kK, kV, kDim>;
   static constexpr int kStages = kHeads == 4 ? 3 : 2;  // pieces under way
   static constexpr int kMaxRing = 32;
+  // Whether the next kernel's blocks, which fill their rings at once, start when all but the last
+  // pages of this one's are on their way: at 128 channels a ring does not hold a share, whose other
+  // pages they would delay.
+  static constexpr bool kLateDependents = kDim == 128;
   // With fewer a warp would wait for pages that find no room until it has read others.
   static constexpr int kMinRing = (DecodeWarp<kK, kV, kDim, kHeads>::kPages - 1) * kDecodeWarps + 1;
   static constexpr int kHeadFloats = kDim + 4;  // 16 bytes more: fewer bank conflicts
@@ -112,23 +116,24 @@ struct RingCursor {
 template <KvElement kK, KvElement kV, int kDim>
 struct PieceView {
   using S = DecodeShape<kK, kV, kDim>;
-  int num_pages, first_page, num_survivors, num_ring, survivors, span_pages;
-  int unit;  // pages of all of the span's pieces but the last
+  int num_pages, first_page, num_survivors, num_ring, survivors;
+  SpanCut span;
   __device__ __forceinline__ explicit PieceView(const int* words)
       : num_pages(words[kNumPages]),
         first_page(words[kFirstPage]),
         num_survivors(words[kNumSurvivors]),
         num_ring(words[kNumRing]),
         survivors(PagesOf<S::kSlots>(num_survivors)),
-        span_pages(survivors + PagesOf<S::kSlots>(num_ring) + 1),
-        unit(PieceUnits(span_pages) * kPagesPerUnit) {}
+        span(survivors + PagesOf<S::kSlots>(num_ring) + 1) {}
+  // Past the last page of what is dealt out.
+  __device__ __forceinline__ int end_page() const { return first_page + num_pages; }
   // Live keys of the span's page i.
   __device__ __forceinline__ int Keys(int i) const {
     const int left =
         i < survivors ? num_survivors - i * S::kSlots : num_ring - (i - survivors) * S::kSlots;
     return IsNewest(i) ? 1 : min(left, S::kSlots);
   }
-  __device__ __forceinline__ bool IsNewest(int i) const { return i == span_pages - 1; }
+  __device__ __forceinline__ bool IsNewest(int i) const { return i == span.num_pages - 1; }
 };
 
 }  // namespace winnow::kernels::device

@@ -62,15 +62,15 @@ class DecodeWarp {
  public:
   using S = DecodeShape<kK, kV, kDim>;
   using Words = typename QueryWords<kHeads>::Type;
-  // Pages that are added at once, so that one's work fills the other's waits. Of 128 channels two
-  // would take too much of the ring.
+  // Pages that may be added at once, so that one's work fills the other's waits. Of 128 channels
+  // two would take too much of the ring.
   static constexpr int kPages = kHeads == 4 && kDim == 64 ? 2 : 1;
-  static constexpr int kTiles = kPages * S::kTiles;  // of 16 keys
   static constexpr int kSteps = kDim / 16;
   static constexpr int kOutTiles = kDim / 16;
   static constexpr int kVWords = S::kRowBytes / 32;  // a lane of a V row
   static constexpr int kCols = kHeads / 4;           // heads a lane of a result
   static constexpr int kProductShift = 8;
+  static constexpr float kNoMaximum = -3e38f;  // infinities would leave NaNs where no key is live
 
   // The first of the channels that lane column c holds of step s: four neighbours with
   // 8-bit codes, else two here and two 8 further on.
@@ -94,7 +94,7 @@ class DecodeWarp {
 #pragma unroll
     for (int i = 0; i < kCols; ++i) {
       q_scale_[i] = scale[c_ * kCols + i];
-      max_[i] = -INFINITY;
+      max_[i] = kNoMaximum;
       sum_[i] = 0.0f;
     }
     exponent_ = -14;
@@ -113,125 +113,32 @@ class DecodeWarp {
     int v_scales, count;
   };
 
-  // Adds pages with at least one live key. Calls done(i) when the last of page i has been read.
-  template <typename Done>
-  __device__ __forceinline__ void AddPages(const Page (&pages)[kPages], Done done) {
+  // Adds pages. Calls done(i) when the last of page i has been read.
+  template <int kAtOnce, typename Done>
+  __device__ __forceinline__ void AddPages(const Page (&pages)[kAtOnce], Done done) {
+    constexpr int kTiles = kAtOnce * S::kTiles;  // of 16 keys
     float p[kTiles][2][kCols];
-    Scores(pages, p);
     uint32_t v_scale[kTiles][2];
+    Products(pages, p);
     uint32_t v_max = 0;
     float page_max[kCols];
 #pragma unroll
     for (int i = 0; i < kCols; ++i) page_max[i] = -INFINITY;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const Page& page = pages[t / S::kTiles];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int key = t % S::kTiles * 16 + half * 8 + r_;
-        float k_scale = 1.0f;
-        v_scale[t][half] = 0;
-        if constexpr (S::kScaled) {
-          k_scale = __half2float(*reinterpret_cast<const __half*>(page.scales + 2 * key));
-          if (key < page.count) {
-            v_scale[t][half] =
-                *reinterpret_cast<const uint16_t*>(page.scales + page.v_scales + 2 * key);
-          }
-          v_max = max(v_max, v_scale[t][half]);
-        }
-#pragma unroll
-        for (int i = 0; i < kCols; ++i) {
-          const float score = p[t][half][i] * q_scale_[i] * k_scale;
-          p[t][half][i] = key < page.count ? score : -INFINITY;
-          page_max[i] = fmaxf(page_max[i], p[t][half][i]);
-        }
-      }
+      Scores(pages[t / S::kTiles], t % S::kTiles, p[t], v_scale[t], page_max, &v_max);
     }
-    float decay[kCols];
-    float v_factor = 1.0f;
-#pragma unroll
-    for (int i = 0; i < kCols; ++i) {
-#pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        page_max[i] = fmaxf(page_max[i], __shfl_xor_sync(0xffffffffu, page_max[i], lanes));
-      }
-      const float new_max = fmaxf(max_[i], page_max[i]);
-      decay[i] = Exp2(max_[i] - new_max);
-      max_[i] = new_max;
-      sum_[i] *= decay[i];
-    }
-    if constexpr (S::kScaled) {
-      // A power of two brings the page's factors of V to at most 2, and p times them, with
-      // 2^8 more, into float16's range.
-      v_max = __reduce_max_sync(0xffffffffu, v_max);
-      const int exponent = max(exponent_, static_cast<int>(v_max >> 10) - 15);
-#pragma unroll
-      for (int i = 0; i < kCols; ++i) decay[i] *= PowerOfTwo(exponent_ - exponent);
-      exponent_ = exponent;
-      v_factor = PowerOfTwo(kProductShift - exponent);
-    }
-#pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[j][i] *= decay[i % 2 * (kCols - 1)];
-    }
+    const float v_factor = MoveMaximum(page_max, v_max);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const Page& page = pages[t / S::kTiles];
       const int tile = t % S::kTiles;
-      uint32_t hi[2], lo[2];  // for kHeads 4 hi holds both parts
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float factor = 1.0f;
-        if constexpr (S::kScaled) {
-          factor = __half2float(__ushort_as_half(static_cast<uint16_t>(v_scale[t][half])));
-          factor *= v_factor;
-        }
-        float x[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int i = 0; i < kCols; ++i) {
-          const float e = Exp2(p[t][half][i] - max_[i]);
-          sum_[i] += e;
-          x[i] = S::kScaled ? e * factor : e;
-        }
-        if constexpr (kHeads == 4) {
-          hi[half] = TransposeMatrix(S::kScaled ? SplitOneF16(x[0]) : SplitOneBf16(x[0]));
-        } else {
-          const SplitPair split = S::kScaled ? SplitF16(x[0], x[1]) : SplitBf16(x[0], x[1]);
-          hi[half] = TransposeMatrix(split.hi);
-          lo[half] = TransposeMatrix(split.lo);
-        }
-      }
+      uint32_t hi[2], lo[2];
+      Weights(p[t], v_scale[t], v_factor, hi, lo);
       uint32_t v[4][kVWords];
       LoadValues(page.codes + S::kPartBytes + tile * 16 * S::kRowBytes, page.count - tile * 16, v);
       if (tile == S::kTiles - 1) done(t / S::kTiles);
-#pragma unroll
-      for (int w = 0; w < kVWords; ++w) {
-        // Bytes (or halves) of two keys side by side: first the lower channels', then the upper.
-        const uint32_t lower_sel = S::kScaled ? 0x5140 : 0x5410;
-        const uint32_t upper_sel = S::kScaled ? 0x7362 : 0x7632;
-        const uint32_t a0 = __byte_perm(v[0][w], v[1][w], lower_sel);
-        const uint32_t a1 = __byte_perm(v[0][w], v[1][w], upper_sel);
-        const uint32_t b0 = __byte_perm(v[2][w], v[3][w], lower_sel);
-        const uint32_t b1 = __byte_perm(v[2][w], v[3][w], upper_sel);
-        const auto add = [&](int j, const uint4& a) {
-          if constexpr (S::kScaled) {
-            MmaF16(out_[j], a, hi[0], hi[1]);
-            if constexpr (kHeads == 8) MmaF16(out_[j], a, lo[0], lo[1]);
-          } else {
-            MmaBf16(out_[j], a, hi[0], hi[1]);
-            if constexpr (kHeads == 8) MmaBf16(out_[j], a, lo[0], lo[1]);
-          }
-        };
-        if constexpr (S::kScaled) {
-          add(2 * w, make_uint4(ToOperand<kV, 0>(a0), ToOperand<kV, 1>(a0), ToOperand<kV, 0>(b0),
-                                ToOperand<kV, 1>(b0)));
-          add(2 * w + 1, make_uint4(ToOperand<kV, 0>(a1), ToOperand<kV, 1>(a1),
-                                    ToOperand<kV, 0>(b1), ToOperand<kV, 1>(b1)));
-        } else {
-          add(w, make_uint4(a0, a1, b0, b1));
-        }
-      }
+      AddValues(v, hi, lo);
     }
   }
 
@@ -261,8 +168,10 @@ class DecodeWarp {
 
  private:
   // Products of the pages' keys and queries: p[t][half][i] is of key 16 t + 8 half + r.
-  __device__ __forceinline__ void Scores(const Page (&pages)[kPages],
-                                         float (&p)[kTiles][2][kCols]) {
+  template <int kAtOnce, int kTiles>
+  __device__ __forceinline__ void Products(const Page (&pages)[kAtOnce],
+                                           float (&p)[kTiles][2][kCols]) {
+    uint4 k[kTiles];
     // Two sums a tile: of alternate steps where tiles are few, or of the high and the low parts.
     float acc[kTiles][2][4] = {};
 #pragma unroll
@@ -275,9 +184,9 @@ class DecodeWarp {
         uint4 a;
         if constexpr (S::kScaled) {
           // A 16-byte vector of a key is a step: its words are both halves of a row.
-          if (s % 2 == 0) k_[t] = LoadMatrices((at ^ (s * 16)) + tile_bytes);
-          const uint32_t upper = s % 2 == 0 ? k_[t].x : k_[t].z;
-          const uint32_t lower = s % 2 == 0 ? k_[t].y : k_[t].w;
+          if (s % 2 == 0) k[t] = LoadMatrices((at ^ (s * 16)) + tile_bytes);
+          const uint32_t upper = s % 2 == 0 ? k[t].x : k[t].z;
+          const uint32_t lower = s % 2 == 0 ? k[t].y : k[t].w;
           a = make_uint4(ToOperand<kK, 0>(upper), ToOperand<kK, 0>(lower), ToOperand<kK, 1>(upper),
                          ToOperand<kK, 1>(lower));
         } else {
@@ -303,6 +212,118 @@ class DecodeWarp {
           p[t][half][0] = x0;
           p[t][half][1] = x1;
         }
+      }
+    }
+  }
+  // Makes scores of a tile's products, -infinity past the live keys, and finds the largest of them
+  // and of V's scales, which it loads as float16.
+  __device__ __forceinline__ void Scores(const Page& page, int tile, float (&p)[2][kCols],
+                                         uint32_t (&v_scale)[2], float (&page_max)[kCols],
+                                         uint32_t* v_max) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = tile * 16 + half * 8 + r_;
+      float k_scale = 1.0f;
+      v_scale[half] = 0;
+      if constexpr (S::kScaled) {
+        k_scale = __half2float(*reinterpret_cast<const __half*>(page.scales + 2 * key));
+        if (key < page.count) {
+          v_scale[half] = *reinterpret_cast<const uint16_t*>(page.scales + page.v_scales + 2 * key);
+        }
+        *v_max = max(*v_max, v_scale[half]);
+      }
+#pragma unroll
+      for (int i = 0; i < kCols; ++i) {
+        const float score = p[half][i] * q_scale_[i] * k_scale;
+        p[half][i] = key < page.count ? score : -INFINITY;
+        page_max[i] = fmaxf(page_max[i], p[half][i]);
+      }
+    }
+  }
+
+  // Makes sums relative to the maximum with the lanes' page_max. Returns the factor of V's scales.
+  __device__ __forceinline__ float MoveMaximum(float (&page_max)[kCols], uint32_t v_max) {
+    float decay[kCols];
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        page_max[i] = fmaxf(page_max[i], __shfl_xor_sync(0xffffffffu, page_max[i], lanes));
+      }
+      const float new_max = fmaxf(max_[i], page_max[i]);
+      decay[i] = Exp2(max_[i] - new_max);
+      max_[i] = new_max;
+      sum_[i] *= decay[i];
+    }
+    float v_factor = 1.0f;
+    if constexpr (S::kScaled) {
+      // A power of two brings the page's factors of V to at most 2, and p times them, with
+      // 2^8 more, into float16's range.
+      v_max = __reduce_max_sync(0xffffffffu, v_max);
+      const int exponent = max(exponent_, static_cast<int>(v_max >> 10) - 15);
+#pragma unroll
+      for (int i = 0; i < kCols; ++i) decay[i] *= PowerOfTwo(exponent_ - exponent);
+      exponent_ = exponent;
+      v_factor = PowerOfTwo(kProductShift - exponent);
+    }
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[j][i] *= decay[i % 2 * (kCols - 1)];
+    }
+    return v_factor;
+  }
+
+  // A tile's probabilities as right factors; for kHeads 4 `hi` holds both parts.
+  __device__ __forceinline__ void Weights(const float (&p)[2][kCols], const uint32_t (&v_scale)[2],
+                                          float v_factor, uint32_t (&hi)[2], uint32_t (&lo)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float factor = 1.0f;
+      if constexpr (S::kScaled) {
+        factor = __half2float(__ushort_as_half(static_cast<uint16_t>(v_scale[half])));
+        factor *= v_factor;
+      }
+      float x[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kCols; ++i) {
+        const float e = Exp2(p[half][i] - max_[i]);
+        sum_[i] += e;
+        x[i] = S::kScaled ? e * factor : e;
+      }
+      if constexpr (kHeads == 4) {
+        hi[half] = TransposeMatrix(S::kScaled ? SplitOneF16(x[0]) : SplitOneBf16(x[0]));
+      } else {
+        const SplitPair split = S::kScaled ? SplitF16(x[0], x[1]) : SplitBf16(x[0], x[1]);
+        hi[half] = TransposeMatrix(split.hi);
+        lo[half] = TransposeMatrix(split.lo);
+      }
+    }
+  }
+
+  // Adds a tile's values times its probabilities.
+  __device__ __forceinline__ void AddValues(const uint32_t (&v)[4][kVWords],
+                                            const uint32_t (&hi)[2], const uint32_t (&lo)[2]) {
+#pragma unroll
+    for (int w = 0; w < kVWords; ++w) {
+      // Bytes (or halves) of two keys side by side: first the lower channels', then the upper.
+      const uint32_t lower_sel = S::kScaled ? 0x5140 : 0x5410;
+      const uint32_t upper_sel = S::kScaled ? 0x7362 : 0x7632;
+      const uint32_t a0 = __byte_perm(v[0][w], v[1][w], lower_sel);
+      const uint32_t a1 = __byte_perm(v[0][w], v[1][w], upper_sel);
+      const uint32_t b0 = __byte_perm(v[2][w], v[3][w], lower_sel);
+      const uint32_t b1 = __byte_perm(v[2][w], v[3][w], upper_sel);
+      const auto add = [&](int j, const uint4& a) {
+        Multiply(out_[j], a, hi[0], hi[1]);
+        if constexpr (kHeads == 8) Multiply(out_[j], a, lo[0], lo[1]);
+      };
+      if constexpr (S::kScaled) {
+        add(2 * w, make_uint4(ToOperand<kV, 0>(a0), ToOperand<kV, 1>(a0), ToOperand<kV, 0>(b0),
+                              ToOperand<kV, 1>(b0)));
+        add(2 * w + 1, make_uint4(ToOperand<kV, 0>(a1), ToOperand<kV, 1>(a1), ToOperand<kV, 0>(b1),
+                                  ToOperand<kV, 1>(b1)));
+      } else {
+        add(w, make_uint4(a0, a1, b0, b1));
       }
     }
   }
@@ -345,7 +366,6 @@ class DecodeWarp {
   const uint32_t k_offset_, v_offset_;  // of this lane, in K and in V
   const Words (*query_)[32];
   float q_scale_[kCols];
-  uint4 k_[kTiles];
   float max_[kCols], sum_[kCols];
   int exponent_;
   float out_[kOutTiles][4];

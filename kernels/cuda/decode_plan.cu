@@ -40,14 +40,16 @@ struct Cut {
   int fresh = -1;
   int num_pieces = 0;
   int pages = 0;
-  int full = 1;  // pages of every piece but the last
-  int last = 1;  // pages of the last
+  int full = 1;  // pages of a piece, but of each half's last
+  int middle = 1, last = 1;
+  int first_pieces = 0;  // of the first half
 
   // One item for the whole span.
   __device__ __forceinline__ void MakeWhole() {
-    num_pieces = 1;
+    num_pieces = first_pieces = 1;
     full = last = pages;
   }
+  __device__ __forceinline__ int num_full() const { return max(num_pieces - 2, 0); }
 };
 
 __device__ Cut CutSpan(const DecodePlanParams& p, int layer, int row, int num_rows, int slots) {
@@ -72,26 +74,41 @@ __device__ Cut CutSpan(const DecodePlanParams& p, int layer, int row, int num_ro
     cut.fresh = survivors + at / slots;
   }
   cut.pages = pages;
-  cut.full = PieceUnits(pages) * kPagesPerUnit;
-  cut.num_pieces = (pages + cut.full - 1) / cut.full;
-  cut.last = pages - (cut.num_pieces - 1) * cut.full;
+  const SpanCut pieces(pages);
+  cut.full = pieces.unit;
+  cut.num_pieces = pieces.num_pieces();
+  cut.first_pieces = pieces.first_pieces();
+  cut.middle = pieces.half - (cut.first_pieces - 1) * cut.full;
+  cut.last = pages - pieces.PieceStart(cut.num_pieces - 1);
   return cut;
 }
 
+// The first page of the share of block `rank` of `active`: half of the blocks share the first half,
+// whose short piece, as the second's, is its last.
+__device__ __forceinline__ int ShareBegin(const Cut& cut, const SpanCut& pieces, int rank,
+                                          int active) {
+  if (rank == active) return cut.pages;
+  const bool is_first = 2 * rank < active;
+  const int before = is_first ? 0 : cut.first_pieces;
+  const int in_half = is_first ? cut.first_pieces : cut.num_pieces - cut.first_pieces;
+  return pieces.PieceStart(before + (2 * rank - (is_first ? 0 : active)) * in_half / active);
+}
+
 // The layer's shares, if its longest is neither that long nor much longer than their mean: else
-// false. All of the block's threads.
+// false. All of the block's threads; `first_cut` is of row threadIdx.x.
 __device__ bool ListShares(const DecodePlanParams& p, int layer, int num_rows, int slots,
-                           int cluster, int total_pages, int longest_share) {
-  const int shares = num_rows * cluster;
+                           int cluster, int total_pages, int longest_share, const Cut& first_cut) {
+  const int shares = num_rows * cluster, tid = static_cast<int>(threadIdx.x);
   if (cluster < 2 || shares > p.plan.max_pieces) return false;
   if (longest_share > min(kMaxSharePages, 2 * (total_pages / shares) + 2 * kPagesPerUnit)) {
     return false;
   }
   DecodePiece* pieces = p.plan.pieces + static_cast<int64_t>(layer) * p.plan.max_pieces;
-  for (int i = static_cast<int>(threadIdx.x); i < shares; i += static_cast<int>(blockDim.x)) {
-    const Cut cut = CutSpan(p, layer, i / cluster, num_rows, slots);
-    const int active = min(cluster, cut.num_pieces), rank = i % cluster;
-    DecodePiece share = {.row = i / cluster,
+  for (int row = tid; row < num_rows; row += static_cast<int>(blockDim.x)) {
+    const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
+    const SpanCut span(cut.pages);
+    const int active = min(cluster, cut.num_pieces);
+    DecodePiece share = {.row = row,
                          .span = cut.span,
                          .first_page = 0,
                          .num_pages = 0,
@@ -99,32 +116,33 @@ __device__ bool ListShares(const DecodePlanParams& p, int layer, int num_rows, i
                          .num_survivors = cut.num_survivors,
                          .num_ring = cut.num_ring,
                          .fresh_ring_page = cut.fresh};
-    if (rank < active) {
-      // The first ones take more: the pages that the step writes, which come last, are at the end.
-      const auto begin = [&](int r) {
-        return (r * cut.num_pieces + active - 1) / active * cut.full;
-      };
-      share.first_page = begin(rank);
-      const int end = begin(rank + 1);
-      share.num_pages = min(end, cut.pages) - share.first_page;
+    for (int rank = 0; rank < cluster; ++rank) {
+      if (rank < active) {
+        share.first_page = ShareBegin(cut, span, rank, active);
+        share.num_pages = ShareBegin(cut, span, rank + 1, active) - share.first_page;
+      } else {
+        share.first_page = share.num_pages = 0;
+      }
+      pieces[row * cluster + rank] = share;
     }
-    pieces[i] = share;
   }
-  if (threadIdx.x == 0) p.plan.num_pieces[layer] = shares;
+  if (tid == 0) p.plan.num_pieces[layer] = shares;
   return true;
 }
 
 // Calls visit(c, n) for every class c of which the warp's lanes have pieces; n is the lane's.
 template <typename Visit>
 __device__ __forceinline__ void ForEachClass(const Cut& cut, Visit visit) {
-  const int full = cut.num_pieces > 1 ? ClassOf(cut.full) : -1;
+  const int full = cut.num_pieces > 2 ? ClassOf(cut.full) : -1;
+  const int middle = cut.num_pieces > 1 ? ClassOf(cut.middle) : -1;
   const int last = cut.num_pieces > 0 ? ClassOf(cut.last) : -1;
-  unsigned classes = (full >= 0 ? 1u << full : 0) | (last >= 0 ? 1u << last : 0);
+  unsigned classes = (full >= 0 ? 1u << full : 0) | (middle >= 0 ? 1u << middle : 0) |
+                     (last >= 0 ? 1u << last : 0);
   classes = __reduce_or_sync(kAll, classes);
   while (classes != 0) {
     const int c = 31 - __clz(classes);
     classes ^= 1u << c;
-    visit(c, (full == c ? cut.num_pieces - 1 : 0) + (last == c ? 1 : 0));
+    visit(c, (full == c ? cut.num_full() : 0) + (middle == c ? 1 : 0) + (last == c ? 1 : 0));
   }
 }
 
@@ -158,7 +176,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
   __syncthreads();
-  if (ListShares(p, layer, num_rows, slots, cluster, total_pages, longest_share)) return;
+  if (ListShares(p, layer, num_rows, slots, cluster, total_pages, longest_share, first_cut)) {
+    return;
+  }
   const int most = total_pages / num_blocks * 2 / 3;  // pages of a span that may stay whole
   for (int row = tid; row < padded_rows; row += threads) {
     const Cut cut = row == tid ? first_cut : CutSpan(p, layer, row, num_rows, slots);
@@ -207,8 +227,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   DecodePiece* pieces = p.plan.pieces + static_cast<int64_t>(layer) * p.plan.max_pieces;
   for (int row = tid; row < padded_rows; row += threads) {
     const Cut cut = cut_span(row);
-    const int full_class = ClassOf(cut.full), last_class = ClassOf(cut.last);
-    int full_at = 0, last_at = 0;
+    const int full_class = ClassOf(cut.full), middle_class = ClassOf(cut.middle);
+    const int last_class = ClassOf(cut.last);
+    int full_at = 0, middle_at = 0, last_at = 0;
     ForEachClass(cut, [&](int c, int n) {
       int total;
       int at = WarpExclusiveSum(n, lane, &total);
@@ -216,6 +237,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (lane == 0) base = atomicAdd(&class_next[c], total);
       at += __shfl_sync(kAll, base, 0);
       if (full_class == c) full_at = at;
+      // The last has the lane's last place, the middle one that before it if both are in the class.
+      if (middle_class == c) middle_at = at + n - (last_class == c ? 2 : 1);
       if (last_class == c) last_at = at + n - 1;
     });
     int total_partials;
@@ -243,13 +266,23 @@ __global__ void __launch_bounds__(kMaxThreads)
       piece.num_ring = of_owner(cut.num_ring);
       piece.fresh_ring_page = of_owner(cut.fresh);
       const int num_pieces = of_owner(cut.num_pieces), index = i - of_owner(first);
-      const int full = of_owner(cut.full), last = of_owner(cut.last);
-      const int full_start = of_owner(full_at), last_place = of_owner(last_at);
+      const int full = of_owner(cut.full), middle = of_owner(cut.middle), last = of_owner(cut.last);
+      const int first_pieces = of_owner(cut.first_pieces);
+      const int full_start = of_owner(full_at), middle_place = of_owner(middle_at);
+      const int last_place = of_owner(last_at);
       if (i >= total) continue;  // every lane comes here in the last turn alone
-      const bool is_last = index == num_pieces - 1;
-      piece.first_page = index * full;
-      piece.num_pages = is_last ? last : full;
-      pieces[is_last ? last_place : full_start + index] = piece;
+      const bool is_first_half = index < first_pieces;
+      piece.first_page = index * full - (is_first_half ? 0 : full - middle);
+      if (index == num_pieces - 1) {
+        piece.num_pages = last;
+        pieces[last_place] = piece;
+      } else if (index == first_pieces - 1) {
+        piece.num_pages = middle;
+        pieces[middle_place] = piece;
+      } else {
+        piece.num_pages = full;
+        pieces[full_start + index - (is_first_half ? 0 : 1)] = piece;
+      }
     }
   }
 }

@@ -4,30 +4,21 @@
 
 #include "absl/status/status.h"
 #include "common/cuda/stream_handle.h"
+#include "kernels/cuda/decode_span_cut.h"
 #include "kernels/cuda/device_spans.h"
 
 // How a decode step's attention is cut up: once a step, for all layers, on the device.
 //
 // A span is read as a list of pages: survivor pages | ring pages | the newest token as a
-// page of one slot. It is cut into pieces of PieceUnits(pages) * kPagesPerUnit pages, which
-// depends on that span's length alone, so a sequence's result has the same bits whatever
-// its batch mates. The plan lists pieces and, where there is work enough for all blocks, whole
-// spans, whose pieces one block goes through in turn; longest first. Of few and short spans of
-// like lengths it lists DecodeClusterBlocks() shares each, runs of pieces, for the blocks of a
-// cluster.
+// page of one slot. It is cut into pieces as SpanCut says, which depends on that span's length
+// alone, so a sequence's result has the same bits whatever its batch mates. The plan lists
+// pieces and, where there is work enough for all blocks, whole spans, whose pieces one block goes
+// through in turn; longest first. Of few and short spans of like lengths it lists
+// DecodeClusterBlocks() shares each, runs of pieces, for the blocks of a cluster.
 namespace winnow::kernels {
 
-inline constexpr int kPagesPerUnit = 8;
-inline constexpr int kMaxPieces = 32;  // of a span
 // Spans of a layer, sequences * KV heads, of one launch: their shares are counted in 32 bits.
 inline constexpr int kMaxDecodeRows = 1 << 24;
-
-// One up to 64 pages; beyond, the least from three on that makes at most kMaxPieces pieces.
-constexpr int PieceUnits(int num_pages) {
-  constexpr int kMost = kPagesPerUnit * kMaxPieces;
-  if (num_pages <= 64) return 1;
-  return num_pages <= 3 * kMost ? 3 : (num_pages + kMost - 1) / kMost;
-}
 
 // Blocks of a cluster, 1 where the spans are too many for clusters.
 inline constexpr int kMaxShares = 128;  // about one an SM
@@ -71,7 +62,7 @@ struct DecodePlan {
 
 // Enough for `num_rows` spans (sequences * KV heads) whose tables hold `num_pages` together.
 constexpr int64_t MaxDecodePieces(int64_t num_rows, int64_t num_pages) {
-  const int64_t pieces = num_rows + num_pages / kPagesPerUnit;
+  const int64_t pieces = 2 * num_rows + num_pages / kPagesPerUnit;
   return pieces > kMaxShares ? pieces : kMaxShares;
 }
 

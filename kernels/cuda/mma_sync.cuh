@@ -39,8 +39,17 @@ __device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
 template <int kHalf>
 __device__ __forceinline__ uint32_t E4m3PairToF16(uint32_t w) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  // Halves of a register as PTX names them: a shift would stay one.
   uint32_t out;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out) : "h"(static_cast<uint16_t>(w >> (16 * kHalf))));
+  if constexpr (kHalf == 0) {
+    asm("{\n.reg .b16 half, other;\nmov.b32 {half, other}, %1;\ncvt.rn.f16x2.e4m3x2 %0, half;\n}\n"
+        : "=r"(out)
+        : "r"(w));
+  } else {
+    asm("{\n.reg .b16 half, other;\nmov.b32 {other, half}, %1;\ncvt.rn.f16x2.e4m3x2 %0, half;\n}\n"
+        : "=r"(out)
+        : "r"(w));
+  }
   return out;
 #else
   // As a float16 the same sign, exponent and mantissa bits are worth 2^-8 of it.

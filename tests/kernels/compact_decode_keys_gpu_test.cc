@@ -116,6 +116,27 @@ INSTANTIATE_TEST_SUITE_P(All, CompactDecodeMarkers, testing::ValuesIn(MarkerCase
                                   std::to_string(c.param.lengths.front());
                          });
 
+TEST(SpanCut, HalvesHaveEachPageOnce) {
+  for (int pages = 1; pages <= 3000; ++pages) {
+    const SpanCut cut(pages);
+    int page = 0, index = 0;
+    for (; page < pages; ++index) {
+      ASSERT_EQ(cut.PieceIndex(page), index) << pages;
+      ASSERT_EQ(cut.PieceStart(index), page) << pages;
+      const int end = cut.PieceEnd(page);
+      ASSERT_TRUE(page < end && end <= page + cut.unit) << pages;
+      ASSERT_TRUE(page >= cut.half || end <= cut.half) << pages;
+      page = end;
+    }
+    ASSERT_EQ(page, pages);
+    ASSERT_EQ(index, cut.num_pieces()) << pages;
+    ASSERT_LE(index, kMaxPieces) << pages;
+    ASSERT_LE(index, MaxDecodePieces(1000, pages - 1) - MaxDecodePieces(999, 0)) << pages;
+    if (pages <= 8) ASSERT_EQ(index, 1);
+    if (pages > 8 && pages <= 64) ASSERT_TRUE(pages - cut.half > cut.half - 8) << pages;
+  }
+}
+
 TEST(CompactDecodePlan, SaysWhenPiecesDoNotFit) {
   RequireGpu();
   if (testing::Test::IsSkipped()) return;

@@ -87,6 +87,9 @@ absl::Status ValidateCompactDecodeAttention(const CompactDecodeAttentionCudaPara
         absl::StrCat("compact_decode_attention: ", p.num_heads / spans.num_kv_heads,
                      " query heads a KV head, more than ", kMaxDecodeGroup));
   }
+  if (!(p.scale > 0.0f)) {
+    return absl::InvalidArgumentError(absl::StrCat("compact_decode_attention: scale=", p.scale));
+  }
   if (p.plan.pieces == nullptr || p.plan.num_pieces == nullptr || p.plan.next_piece == nullptr ||
       p.plan.arrivals == nullptr || p.plan.partial_out == nullptr ||
       p.plan.partial_norm == nullptr) {

@@ -207,6 +207,7 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
   good.q = good.out_f32 = floats;
   good.num_seqs = 1;
   good.num_heads = 6;
+  good.scale = 0.125f;
   ASSERT_TRUE(ValidateCompactDecodeAttention(good).ok()) << ValidateCompactDecodeAttention(good);
   const auto code = [&](auto change) {
     CompactDecodeAttentionCudaParams p = good;
@@ -224,6 +225,8 @@ TEST(CompactDecodeParams, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](auto& p) { p.q = p.q + 1; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.out_f32 = p.out_f32 + 2; }), invalid);
   EXPECT_EQ(code([](auto& p) { p.plan.arrivals = nullptr; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.scale = 0.0f; }), invalid);
+  EXPECT_EQ(code([](auto& p) { p.scale = NAN; }), invalid);
   const auto rows = [&](int num_seqs) {
     return ValidateDecodePlan(
         {.spans = good.spans, .slots = ints, .num_seqs = num_seqs, .plan = good.plan});
